@@ -1,0 +1,1 @@
+"""Trimtab: train large Transformers through small updates."""

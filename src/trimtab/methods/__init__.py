@@ -1,0 +1,33 @@
+"""The methods. Importing this package fills the registry; adding a method is adding a file and a line."""
+
+from __future__ import annotations
+
+from trimtab.methods.base import (
+    GROUPS,
+    Adapter,
+    AdapterState,
+    Method,
+    MethodField,
+    StepReport,
+    Trainable,
+    parse_method,
+    registry,
+)
+from trimtab.methods.full import Full
+from trimtab.methods.lora import LoRA
+from trimtab.methods.relora import ReLoRA
+
+__all__ = [
+    "GROUPS",
+    "Adapter",
+    "AdapterState",
+    "Full",
+    "LoRA",
+    "Method",
+    "MethodField",
+    "ReLoRA",
+    "StepReport",
+    "Trainable",
+    "parse_method",
+    "registry",
+]

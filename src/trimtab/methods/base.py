@@ -1,0 +1,244 @@
+"""The contract of a method, and the registry of methods.
+
+A method is two things: a frozen config (`Method`), which is data, and the live `Adapter` that the
+config makes when it is attached to a model. The training loop knows only what is on this page:
+
+    config.attach(model)            freeze, inject, mark what trains
+    adapter.parameter_groups(lr)    what the optimizer gets
+    adapter.after_step(step, opt)   restarts, budget changes, the end of a warm start
+    adapter.restarts(total_steps)   the list of steps that the schedule reads, too
+
+Nothing outside a method's own file knows its name: a config tree, the command line and the loop
+reach methods through `registry()` alone.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import BeforeValidator, SerializeAsAny
+from torch import nn
+
+from trimtab.errors import ConfigError
+from trimtab.settings import Settings
+
+#: What a trained tensor is, in the order in which `parameter_groups` returns the groups.
+GROUPS = ("adapter", "embedding", "norm", "head", "base")
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """One trained tensor: its qualified name in the model, the parameter, and its group."""
+
+    name: str
+    parameter: nn.Parameter
+    group: str
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What `after_step` did.
+
+    `trainable_changed` tells a loop that the set of trained tensors is another one now (the end of a
+    warm start): the optimizer's groups are already rewritten in place, and anything that was derived
+    from the old set (a printed table, a wrapper) is stale. `events` are plain dictionaries with an
+    `event` key, to be logged as they are; `{"event": "restart", ...}` is the one that plots mark.
+    """
+
+    trainable_changed: bool = False
+    events: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass
+class AdapterState:
+    """What a method stores beyond the frozen base: tensors by name, and plain JSON values."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(Settings, abc.ABC):
+    """A frozen config of one method; subclasses are registered by the default of their `name`."""
+
+    name: str
+
+    #: Set by a subclass that is no method of its own.
+    abstract: ClassVar[bool] = True
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if not cls.__dict__.get("abstract", False):
+            _REGISTRY[cls.model_fields["name"].default] = cls
+
+    @abc.abstractmethod
+    def attach(self, model: nn.Module, *, dtype: torch.dtype | None = None, pure: bool = False) -> Adapter:
+        """Edit `model` in place and return the live adapter.
+
+        Args:
+            model: any module; `model(**batch)` keeps working.
+            dtype: compute dtype, and storage dtype of frozen weights. None keeps each weight's own.
+            pure: hold trained tensors in the compute dtype as well, instead of fp32.
+
+        Raises:
+            TargetError: a target matches nothing that can be adapted.
+        """
+
+    @property
+    def switch_step(self) -> int:
+        """Steps of full-rank training before the adapter comes into being; 0 for none."""
+        return 0
+
+    def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
+        """The completed-step counts after which a restart happens in a run of `total_steps`."""
+        return ()
+
+    def for_pretraining(self, seed: int) -> Method:
+        """This config with the defaults that hold in pre-training filled in."""
+        return self
+
+
+class Adapter(abc.ABC):
+    """A method at work on a model.
+
+    Attributes:
+        model: the edited model.
+        config: the method's config.
+    """
+
+    def __init__(self, model: nn.Module, config: Method) -> None:
+        self.model = model
+        self.config = config
+        self._last_step = 0
+
+    # -- what trains ---------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def trainable(self) -> list[Trainable]:
+        """The tensors that train now, tied ones once, in the model's order."""
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for a torch optimizer: always one for each of `GROUPS`, in that order.
+
+        A group may be empty. Each has the keys `params`, `lr`, `weight_decay`, `group` (its name) and
+        `names` (the parameters' names, in the order of `params`); optimizers carry the last two along.
+        """
+        groups: list[dict[str, Any]] = [
+            {"params": [], "names": [], "group": group, "lr": lr, "weight_decay": weight_decay}
+            for group in GROUPS
+        ]
+        by_name = {group["group"]: group for group in groups}
+        for entry in self.trainable():
+            by_name[entry.group]["params"].append(entry.parameter)
+            by_name[entry.group]["names"].append(entry.name)
+        return groups
+
+    # -- the loop's calls ----------------------------------------------------------------------
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> StepReport:
+        """Do what the method does between two steps. Call it after every `optimizer.step()`.
+
+        Args:
+            step: the number of completed optimizer steps, from 1.
+            optimizer: built from `parameter_groups`.
+
+        Raises:
+            ValueError: `step` does not follow the step of the previous call.
+        """
+        if step <= self._last_step:
+            raise ValueError(
+                f"after_step({step}) follows after_step({self._last_step}): it takes the number of completed "
+                f"optimizer steps, each number once and in rising order; the next one is {self._last_step + 1}"
+            )
+        self._last_step = step
+        return self._after_step(step, optimizer)
+
+    def _after_step(self, step: int, optimizer: torch.optim.Optimizer) -> StepReport:
+        return StepReport()
+
+    def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
+        """The restarts of a run of `total_steps`; from now on `after_step` restarts at exactly these."""
+        return self.config.restarts(total_steps, rewarm_steps)
+
+    def extra_loss(self) -> torch.Tensor | None:
+        """A term to add to the loss of each micro-batch's share, or None."""
+        return None
+
+    # -- state and endings ---------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def state_dict(self) -> AdapterState:
+        """All that must be stored beyond the frozen base to continue: tensors (not copies) and counters.
+
+        A key of `tensors` that is also a name in `model.named_parameters()` is that parameter; what the
+        model holds under names that are not in `tensors` is the frozen base.
+        """
+
+    @abc.abstractmethod
+    def load_state_dict(self, state: AdapterState) -> None:
+        """Take up a state of `state_dict`, on an adapter just attached with the same config.
+
+        It first brings the model into the state's phase (after the end of a warm start the trained set
+        is another one), so build the optimizer from `parameter_groups` after this call.
+        """
+
+    @abc.abstractmethod
+    def effective_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and fp32 value on the CPU of each matrix that the method updates, one at a time.
+
+        The value is what a merge would give before rounding (W + carry + s B A for the LoRA family), so
+        the difference of two calls is the update between them.
+        """
+
+    @abc.abstractmethod
+    def merge(self) -> None:
+        """Fold everything into the base, rounded once, and leave a plain model of the compute dtype.
+
+        Raises:
+            CannotMerge: the method has no merged form.
+        """
+
+    @abc.abstractmethod
+    def detach(self) -> None:
+        """Remove the adapter and give the untouched base back, bit for bit.
+
+        Raises:
+            CannotDetach: something was written into the base; the message names it and the way out.
+        """
+
+    @abc.abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write the adapter as a folder that `trimtab.load_adapter` reads, in PEFT's layout where it has one."""
+
+
+def registry() -> dict[str, type[Method]]:
+    """The known methods by name."""
+    return dict(_REGISTRY)
+
+
+def parse_method(value: Method | Mapping[str, Any]) -> Method:
+    """A config as it is, or one made from a mapping such as `{"name": "relora", "rank": 128}`.
+
+    Raises:
+        ConfigError: the mapping has no known `name`.
+        pydantic.ValidationError: a setting of the named method is unknown or out of range.
+    """
+    if isinstance(value, Method):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"a method is a config or a mapping with a `name`, got {type(value).__name__}")
+    name = value.get("name")
+    if name not in _REGISTRY:
+        raise ConfigError(f"name: no method is called {name!r}; the methods are {', '.join(sorted(_REGISTRY))}")
+    return _REGISTRY[name].model_validate(dict(value))
+
+
+#: A field of a settings tree that holds any registered method, given as a config or a mapping.
+MethodField = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]
