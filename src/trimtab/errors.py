@@ -33,3 +33,7 @@ class CannotMerge(TrimtabError):
 
 class CannotDetach(TrimtabError):
     """The base was written into and cannot be given back; the message names what changed and the way out."""
+
+
+class CannotSave(TrimtabError):
+    """The adapter alone would not describe what was trained; the message says what to save instead."""

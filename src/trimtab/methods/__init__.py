@@ -10,6 +10,8 @@ from trimtab.methods.base import (
     MethodField,
     StepReport,
     Trainable,
+    attach,
+    load_adapter,
     parse_method,
     registry,
 )
@@ -28,6 +30,8 @@ __all__ = [
     "ReLoRA",
     "StepReport",
     "Trainable",
+    "attach",
+    "load_adapter",
     "parse_method",
     "registry",
 ]

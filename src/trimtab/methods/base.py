@@ -24,13 +24,22 @@ import torch
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import nn
 
-from trimtab.errors import ConfigError
+from trimtab.errors import CheckpointError, ConfigError
+from trimtab.methods.folder import read_adapter_folder
 from trimtab.settings import Settings
 
 #: What a trained tensor is, in the order in which `parameter_groups` returns the groups.
 GROUPS = ("adapter", "embedding", "norm", "head", "base")
 
+#: Where a model keeps the adapters attached to it, by their names.
+_ATTACHED = "_trimtab_adapters"
+
 _REGISTRY: dict[str, type[Method]] = {}
+
+
+def group_of(roles: frozenset[str]) -> str:
+    """The group of a tensor with these roles; a tied embedding and head counts as embedding."""
+    return next(group for group in GROUPS if group in roles)
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,20 @@ class Method(Settings, abc.ABC):
         return 0
 
     def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
-        """The completed-step counts after which a restart happens in a run of `total_steps`."""
+        """The completed-step counts after which a restart happens in a run of `total_steps`.
+
+        None lies at the end, and none leaves a last cycle shorter than `rewarm_steps`.
+        """
         return ()
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any]) -> Method | None:
+        """The config of an adapter folder's `adapter_config.json`, or None when it is another method's."""
+        return None
+
+    def load_saved(self, adapter: Adapter, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put the tensors of an adapter folder into `adapter`, which this config has just attached."""
+        raise CheckpointError(f"method {self.name} has no adapter files")
 
     def for_pretraining(self, seed: int) -> Method:
         """This config with the defaults that hold in pre-training filled in."""
@@ -117,6 +138,7 @@ class Adapter(abc.ABC):
         self.model = model
         self.config = config
         self._last_step = 0
+        self._closed = ""
 
     # -- what trains ---------------------------------------------------------------------------
 
@@ -131,8 +153,7 @@ class Adapter(abc.ABC):
         `names` (the parameters' names, in the order of `params`); optimizers carry the last two along.
         """
         groups: list[dict[str, Any]] = [
-            {"params": [], "names": [], "group": group, "lr": lr, "weight_decay": weight_decay}
-            for group in GROUPS
+            {"params": [], "names": [], "group": group, "lr": lr, "weight_decay": weight_decay} for group in GROUPS
         ]
         by_name = {group["group"]: group for group in groups}
         for entry in self.trainable():
@@ -157,8 +178,11 @@ class Adapter(abc.ABC):
                 f"after_step({step}) follows after_step({self._last_step}): it takes the number of completed "
                 f"optimizer steps, each number once and in rising order; the next one is {self._last_step + 1}"
             )
+        if self._closed:
+            raise ValueError(f"after_step({step}): this adapter was {self._closed}; attach a new one to go on")
+        report = self._after_step(step, optimizer)
         self._last_step = step
-        return self._after_step(step, optimizer)
+        return report
 
     def _after_step(self, step: int, optimizer: torch.optim.Optimizer) -> StepReport:
         return StepReport()
@@ -217,6 +241,13 @@ class Adapter(abc.ABC):
     def save(self, path: str | Path) -> None:
         """Write the adapter as a folder that `trimtab.load_adapter` reads, in PEFT's layout where it has one."""
 
+    def _close(self, how: str) -> None:
+        """The adapter's end: the model is free for another one."""
+        self._closed = how
+        attached = self.model.__dict__.get(_ATTACHED, {})
+        for name in [name for name, adapter in attached.items() if adapter is self]:
+            del attached[name]
+
 
 def registry() -> dict[str, type[Method]]:
     """The known methods by name."""
@@ -242,3 +273,58 @@ def parse_method(value: Method | Mapping[str, Any]) -> Method:
 
 #: A field of a settings tree that holds any registered method, given as a config or a mapping.
 MethodField = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]
+
+
+def attach(
+    model: nn.Module,
+    config: Method | Mapping[str, Any],
+    *,
+    name: str = "default",
+    dtype: torch.dtype | None = None,
+    pure: bool = False,
+) -> Adapter:
+    """Put a method to work on a model, in place; `model(**batch)` keeps working.
+
+    Args:
+        model: any module with linear layers.
+        config: a method's config, or a mapping such as `{"name": "relora", "restart_every": 1000}`.
+        name: the adapter's name on this model.
+        dtype: compute dtype, and storage dtype of frozen weights; None keeps what each weight has. What
+            trains is held in fp32 in either case.
+        pure: hold what trains in the compute dtype as well (small updates are then lost in bf16).
+
+    Raises:
+        ConfigError: the model already has an adapter, or the mapping is none of a method.
+        TargetError: the targets match nothing that can be adapted.
+    """
+    attached = model.__dict__.setdefault(_ATTACHED, {})
+    if attached:
+        raise ConfigError(
+            f"name={name!r}: the model already has the adapter {next(iter(attached))!r}; merge() or detach() it first"
+        )
+    adapter = parse_method(config).attach(model, dtype=dtype, pure=pure)
+    attached[name] = adapter
+    return adapter
+
+
+def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapter:
+    """Attach an adapter folder that `Adapter.save` (or PEFT) wrote.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged, of no known method, or of another base.
+    """
+    saved, tensors = read_adapter_folder(Path(path))
+    for method in _REGISTRY.values():
+        config = method.from_saved(saved)
+        if config is not None:
+            adapter = attach(model, config, name=name)
+            try:
+                config.load_saved(adapter, tensors)
+            except BaseException:
+                adapter.detach()
+                raise
+            return adapter
+    kind = saved.get("peft_type")
+    raise CheckpointError(
+        f"{path}: no known method has peft_type {kind!r}; known methods: {', '.join(sorted(_REGISTRY))}"
+    )

@@ -1,23 +1,129 @@
-"""ReLoRA (arXiv 2307.05695): LoRA, a list of restart steps, and `after_step`."""
+"""ReLoRA (arXiv 2307.05695): LoRA, a list of restart steps, and `after_step`.
+
+Every `restart_every` steps: W += s B A, A is drawn anew, B = 0, the optimizer forgets A's and B's past, and
+the schedule (which reads the same list) re-warms the learning rate. A sum of low-rank updates has the rank
+of their sum, so training ends with an update of a rank that no single adapter has.
+
+The restart leaves the function as it was. What others get wrong here: a dead first cycle (A = B = 0), a
+merge that forgets s or rounds the update away, an optimizer reset that touches nothing, or everything.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import time
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
+from torch import nn
 
-from trimtab.methods.lora import LoRA
+from trimtab.errors import TrimtabError
+from trimtab.methods.base import StepReport
+from trimtab.methods.lora import LoRA, LoRAAdapter, Role
+from trimtab.optim.reset import ResetMode, reset_state
 
 
 class ReLoRA(LoRA):
-    """High-rank training through a sequence of low-rank updates."""
+    """High-rank training through a sequence of low-rank updates.
+
+    Beside the arguments of `LoRA`:
+
+    Args:
+        restart_every: steps of one cycle. A restart at n happens after step n; they lie at
+            `warm_start_steps` + j * `restart_every`, never at the end of the run.
+        reset: what a restart does to the optimizer's state of A and B. "drop": moments and step go, as if
+            the parameter were new. "magnitude", "random": keep the share 1 - `reset_ratio` of the entries
+            (the largest first moments, or random ones; one mask for both moments) and rescale them so that
+            bias correction at step 1 gives what it gave before. "none": leave it.
+        reset_ratio: share of the entries to forget in the modes "magnitude" and "random".
+        reset_reference: do as the authors' code does in these modes: a mask for each moment, the step kept.
+    """
 
     abstract = False
     name: Literal["relora"] = "relora"  # type: ignore[assignment]
     rank: Annotated[int, Field(ge=1)] = 128
     alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    train_also: tuple[Role, ...] | None = ("embeddings", "norms", "head")
     restart_every: Annotated[int, Field(ge=1)]
+    reset: ResetMode = "drop"
+    reset_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    reset_reference: bool = False
 
     def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
         first = self.warm_start_steps + self.restart_every
         return tuple(n for n in range(first, total_steps, self.restart_every) if total_steps - n >= rewarm_steps)
+
+    def attach(self, model: nn.Module, *, dtype: torch.dtype | None = None, pure: bool = False) -> ReLoRAAdapter:
+        return ReLoRAAdapter(model, self, dtype, pure)
+
+
+class ReLoRAAdapter(LoRAAdapter):
+    """ReLoRA at work on a model."""
+
+    config: ReLoRA
+    #: The restarts of a run of known length; None until `restarts` was called: then every cycle's end is one.
+    _planned: tuple[int, ...] | None = None
+
+    def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
+        self._planned = self.config.restarts(total_steps, rewarm_steps)
+        return self._planned
+
+    def _is_restart(self, step: int) -> bool:
+        if self._planned is not None:
+            return step in self._planned
+        since = step - self.config.switch_step
+        return since > 0 and since % self.config.restart_every == 0
+
+    def _after_step(self, step: int, optimizer: torch.optim.Optimizer) -> StepReport:
+        skipped = [n for n in range(self._last_step + 1, step) if self._is_restart(n)]
+        if skipped:
+            raise ValueError(
+                f"after_step({step}): the restart after step {skipped[0]} was left out; call it after every step"
+            )
+        self._check_alive(step)
+        report = super()._after_step(step, optimizer)
+        if not self._is_restart(step):
+            return report
+        return StepReport(report.trainable_changed, (*report.events, self._restart(step, optimizer)))
+
+    def _check_alive(self, step: int) -> None:
+        """On the first step of a cycle B must have got a gradient: with A = 0 nothing would ever train."""
+        opened = step - 1
+        if not self.adapted or not (opened == self.config.switch_step or self._is_restart(opened)):
+            return
+        grads = [layer.lora_B.grad for layer in self.layers.values() if layer.lora_B.grad is not None]
+        if grads and not any(bool(grad.any()) for grad in grads):
+            raise TrimtabError(
+                f"step {step}: no adapter got a gradient in the first step of its cycle; the adapted layers do not "
+                "reach the loss (check targets)"
+            )
+
+    def _restart(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        began = time.perf_counter()
+        for layer in self.layers.values():
+            layer.merge_()
+        self._restart_count += 1
+        self._draw()
+        parameters = {
+            f"{name}.{part}": getattr(layer, part)
+            for name, layer in self.layers.items()
+            for part in ("lora_A", "lora_B")
+        }
+        for parameter in parameters.values():
+            parameter.grad = None
+        touched = reset_state(
+            optimizer,
+            parameters,
+            mode=self.config.reset,
+            ratio=self.config.reset_ratio,
+            seed=(self.config.seed or 0, self._restart_count),
+            reference=self.config.reset_reference,
+        )
+        return {
+            "event": "restart",
+            "step": step,
+            "restart": self._restart_count,
+            "reset_mode": self.config.reset,
+            "reset_elements": touched,
+            "seconds": round(time.perf_counter() - began, 4),
+        }

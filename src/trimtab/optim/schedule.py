@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from trimtab.errors import ConfigError
@@ -76,10 +77,10 @@ class Schedule:
                     f"{end} that it opens; shorten the warm-up or lengthen the cycle"
                 )
         cuts = (start, *self.restarts, total) if start else (0, *self.restarts, total)
-        if any(low >= high for low, high in zip(cuts, cuts[1:], strict=False)):
+        if any(low >= high for low, high in pairwise(cuts)):
             raise ConfigError(f"restarts must rise and lie between step {start} and step {total}, got {self.restarts}")
         jagged = [*self.restarts, start] if start and self.after_warm_start == "continue" else list(self.restarts)
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             if first in jagged and last - first < self.rewarm_steps:
                 raise ConfigError(
                     f"rewarm_steps = {self.rewarm_steps} is longer than the cycle from step {first} to step {last}"

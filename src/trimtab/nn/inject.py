@@ -1,0 +1,167 @@
+"""Which layers a method adapts, and what role each tensor of a model has.
+
+Works on any `nn.Module`: no model family is named here, only what a module is (an embedding, a norm, a
+linear layer) and, for output heads, what Hugging Face models call them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from trimtab.errors import TargetError
+from trimtab.nn.precision import is_conv1d
+
+ALL_LINEAR = "all-linear"
+
+#: Last name parts of output heads in Hugging Face models; `get_output_embeddings` finds the others.
+HEAD_NAMES = frozenset(
+    {"lm_head", "embed_out", "output_projection", "score", "classifier", "qa_outputs", "classification_head", "pooler"}
+)
+
+
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The output heads by name: what `get_output_embeddings` returns, and modules with a head's name."""
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if callable(getter) else None
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and (module is output or name.rpartition(".")[2] in HEAD_NAMES)
+    }
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer can be adapted: exactly nn.Linear (a subclass may not call its forward) or Conv1D."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """The layers to adapt, by qualified name, in the model's order.
+
+    Args:
+        model: any module.
+        targets: "all-linear": every linear of the blocks, not the output head (in a model without a known
+            head, every linear). A list of name endings: "q_proj" or "attn.q_proj" match whole parts. Any
+            other string: a regular expression that must match a whole qualified name.
+        exclude: name endings to leave out.
+
+    Raises:
+        TargetError: nothing matches (the closest names are listed), or a match is no linear layer.
+    """
+    linears = {name: module for name, module in model.named_modules() if name and is_linear(module)}
+    if not linears:
+        raise TargetError(f"targets={targets!r}: {type(model).__name__} has no linear layers to adapt")
+    if targets == ALL_LINEAR:
+        chosen = _all_linear(model, linears)
+    elif isinstance(targets, str):
+        chosen = _by_pattern(model, linears, targets)
+    else:
+        chosen = _by_ending(model, linears, targets)
+    kept = {name: module for name, module in chosen.items() if not any(_ends(name, end) for end in exclude)}
+    if not kept:
+        raise TargetError(
+            f"exclude={list(exclude)!r} leaves none of the {len(chosen)} layers that targets={targets!r} matches"
+        )
+    _refuse_shared(model, kept)
+    return kept
+
+
+def _all_linear(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    heads = head_modules(model)
+    inside_head = tuple(f"{name}." for name in heads)
+    body = {n: m for n, m in linears.items() if n not in heads and not n.startswith(inside_head)}
+    if not heads:
+        return body
+    stacks = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, nn.ModuleList))
+    blocks = {n: m for n, m in body.items() if n.startswith(stacks)}
+    if not (blocks or body):
+        raise TargetError(
+            f"targets='{ALL_LINEAR}': the only linear layers are the output head {sorted(heads)}; name them"
+        )
+    return blocks or body
+
+
+def _by_pattern(model: nn.Module, linears: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise TargetError(
+            f"targets={pattern!r} is not a regular expression: {error}; for name endings give a list"
+        ) from None
+    chosen = {name: module for name, module in linears.items() if compiled.fullmatch(name)}
+    if not chosen:
+        raise TargetError(
+            f"targets={pattern!r} matches no linear layer (a string is a regular expression for whole names; for "
+            f"endings give a list); {_closest(pattern, linears)}"
+        )
+    return chosen
+
+
+def _by_ending(model: nn.Module, linears: dict[str, nn.Module], endings: Sequence[str]) -> dict[str, nn.Module]:
+    if not endings:
+        raise TargetError(f"targets is an empty list; name layer endings or use '{ALL_LINEAR}'")
+    for ending in endings:
+        if any(_ends(name, ending) for name in linears):
+            continue
+        others = [(n, m) for n, m in model.named_modules() if n and _ends(n, ending)]
+        if others:
+            name, module = others[0]
+            raise TargetError(
+                f"targets: {ending!r} matches {name}, a {type(module).__name__}, which is no nn.Linear or Conv1D"
+            )
+        raise TargetError(f"targets: {ending!r} matches no linear layer; {_closest(ending, linears)}")
+    return {name: module for name, module in linears.items() if any(_ends(name, ending) for ending in endings)}
+
+
+def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """A weight that another module reads as well (tied weights) cannot carry an adapter of one of them."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, module in chosen.items():
+        shared = owners.get(id(module.weight), [])
+        if len(shared) > 1:
+            raise TargetError(
+                f"targets: {name}.weight is tied ({' = '.join(shared)}); leave it out with exclude=['{name}']"
+            )
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _closest(wanted: str, linears: dict[str, nn.Module]) -> str:
+    endings = sorted({name.rpartition(".")[2] for name in linears})
+    near = difflib.get_close_matches(wanted.rpartition(".")[2], endings, n=4, cutoff=0.3)
+    return f"the closest names are {', '.join(near or endings[:8])}"
+
+
+def parameter_roles(model: nn.Module) -> dict[str, frozenset[str]]:
+    """The roles of each parameter, tied ones once, under its first name.
+
+    Roles are "embedding", "norm", "head" and "base"; a tied embedding and head has both.
+    """
+    modules = dict(model.named_modules())
+    heads = head_modules(model)
+    inside_head = tuple(f"{name}." for name in heads)
+    roles: dict[int, set[str]] = {}
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner_name = name.rpartition(".")[0]
+        owner = modules[owner_name]
+        kind = type(owner).__name__
+        if owner_name in heads or name.startswith(inside_head):
+            role = "head"
+        elif isinstance(owner, nn.Embedding) or "Embedding" in kind:
+            role = "embedding"
+        elif "Norm" in kind:
+            role = "norm"
+        else:
+            role = "base"
+        names.setdefault(id(parameter), name)
+        roles.setdefault(id(parameter), set()).add(role)
+    return {names[key]: frozenset(value) for key, value in roles.items()}

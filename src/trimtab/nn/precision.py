@@ -1,0 +1,162 @@
+"""Trained tensors are held in fp32 and cast where they are used.
+
+In pure bf16 an AdamW step of 1e-3 does not move a norm weight at all: near 1.0 the spacing of bf16 is
+2^-7. So what trains is an fp32 parameter, and its module casts it to the activations' dtype. Casting in
+the module, rather than keeping master copies beside the optimizer, lets any torch optimizer and any loop
+work on the parameters themselves, accumulates gradients in fp32, and needs no autocast.
+
+A module is switched by swapping its class for a subclass, in place: its identity, its parameters' names,
+hooks and tied tensors stay. `release` swaps it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Context = Any  # the context object of torch.autograd.Function has no useful static type
+
+
+def compute_dtype_of(x: Tensor) -> torch.dtype:
+    """The dtype in which to compute on `x`: its own, or autocast's where autocast is on."""
+    device = x.device.type
+    if x.is_floating_point() and device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+@contextmanager
+def full_fp32_matmul() -> Iterator[None]:
+    """Within it, fp32 products are fp32: neither TF32 on CUDA nor bf16 in oneDNN, whatever the user set."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+
+
+class _CastLinearFunction(torch.autograd.Function):
+    """y = x W' + b with an fp32 W, computed in x's dtype.
+
+    Saves x and the parameter itself; the cast copy of W is formed again in the backward, since keeping
+    it from forward to backward would cost 2 bytes a parameter of the whole model at the peak.
+    Shapes: x (T, in), weight (out, in), bias (out) or None, y (T, out).
+    """
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g_TO = grads[0]
+        x_TI, weight = ctx.saved_tensors
+        dx = g_TO @ weight.to(g_TO.dtype) if ctx.needs_input_grad[0] else None
+        dw = (g_TO.t() @ x_TI).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        db = None
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            db = g_TO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, dw, db
+
+
+def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer in `x`'s (or autocast's) dtype; `weight` (out, in) and `bias` (out) may be fp32."""
+    dtype = compute_dtype_of(x)
+    if weight.dtype == dtype and (bias is None or bias.dtype == dtype):
+        return F.linear(x, weight, bias)
+    flat = x.to(dtype).reshape(-1, x.shape[-1])
+    out: Tensor = _CastLinearFunction.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Held:
+    """Mixin of a module whose own parameters are fp32 and computed in another dtype."""
+
+    trimtab_plain_class: type[nn.Module]
+    trimtab_dtype: torch.dtype
+
+
+class _HeldLinear(_Held):
+    def forward(self, x: Tensor) -> Tensor:
+        return cast_linear(x, self.weight, self.bias)  # type: ignore[attr-defined]
+
+
+class _HeldConv1D(_Held):
+    """GPT-2's linear layer, whose weight is (in, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast_linear(x, self.weight.t(), self.bias)  # type: ignore[attr-defined]
+
+
+class _HeldEmbedding(_Held):
+    """Casts the rows that were looked up, not the table."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows: Tensor = super().forward(ids)  # type: ignore[misc]
+        return rows.to(self.trimtab_dtype)
+
+
+class _HeldAny(_Held):
+    """Any other module (norms, and whatever a model brings): it sees cast copies during its forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        wide = {name: p for name, p in self._parameters.items() if p is not None and p.dtype == torch.float32}  # type: ignore[attr-defined]
+        # An entry of __dict__ wins over nn.Module.__getattr__, so the module finds the copies under its own names.
+        self.__dict__.update({name: p.to(self.trimtab_dtype) for name, p in wide.items()})
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for name in wide:
+                del self.__dict__[name]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D: a linear layer with a weight of shape (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
+
+
+_HELD_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _held_class(plain: type[nn.Module], mixin: type[_Held]) -> type[nn.Module]:
+    """One subclass for each module class, so that modules of one class stay of one class."""
+    if plain not in _HELD_CLASSES:
+        _HELD_CLASSES[plain] = type(f"Held{plain.__name__}", (mixin, plain), {"__module__": __name__})
+    return _HELD_CLASSES[plain]
+
+
+def hold(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let `module` compute in `dtype` whichever of its own parameters are held in fp32."""
+    if dtype in (torch.float32, torch.float64) or isinstance(module, _Held):
+        return
+    mixin: type[_Held]
+    if type(module) is nn.Linear:
+        mixin = _HeldLinear
+    elif is_conv1d(module):
+        mixin = _HeldConv1D
+    elif isinstance(module, nn.Embedding):
+        mixin = _HeldEmbedding
+    else:
+        mixin = _HeldAny
+    plain = type(module)
+    module.__class__ = _held_class(plain, mixin)
+    module.__dict__["trimtab_plain_class"] = plain
+    module.__dict__["trimtab_dtype"] = dtype
+
+
+def release(module: nn.Module) -> None:
+    """Give a held module its own class back; the dtype of its parameters is the caller's to set."""
+    if isinstance(module, _Held):
+        module.__class__ = module.__dict__.pop("trimtab_plain_class")
+        del module.__dict__["trimtab_dtype"]

@@ -1,0 +1,94 @@
+"""Where each parameter of a model lives while a method is at work on it.
+
+A trained tensor lives in fp32 and its module casts it for compute (see `precision`); a frozen one lives in
+the compute dtype, and what narrowing it lost is its carry, in host memory (see `weights`). `Residence`
+moves tensors between the two, in place, and at the end gives everything back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.nn.precision import hold, release
+from trimtab.nn.weights import narrow_with_carry
+
+
+class Residence:
+    """The dtype, the carry and the `requires_grad` of each parameter of `model`, tied ones once.
+
+    Args:
+        model: any module; its parameters' names and identities never change here.
+        dtype: compute dtype, and storage dtype of what is frozen; None keeps each parameter's own.
+        pure: hold trained tensors in the compute dtype as well.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, pure: bool) -> None:
+        self.pure = pure
+        self.parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        self._plain = {name: (p.dtype, p.requires_grad) for name, p in self.parameters.items()}
+        self.compute = {name: dtype or p.dtype for name, p in self.parameters.items()}
+        self.carries: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self._owners: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._owners.setdefault(id(parameter), []).append(module)
+
+    def train(self, names: Iterable[str]) -> None:
+        """Let these parameters train: fp32 (unless `pure`), cast by their modules."""
+        for name in names:
+            parameter, compute = self.parameters[name], self.compute[name]
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.to(compute if self.pure else torch.promote_types(compute, torch.float32))
+            if not self.pure:
+                for owner in self._owners[id(parameter)]:
+                    hold(owner, compute)
+            self._versions[name] = parameter._version
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Freeze these parameters: gradient freed, stored in the compute dtype, the rest in a carry."""
+        for name in names:
+            parameter = self.parameters[name]
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            self._versions.pop(name, None)
+            if parameter.dtype != self.compute[name]:
+                parameter.data, carry = narrow_with_carry(parameter.data, self.compute[name])
+                if not self.pure:
+                    self.carries[name] = carry
+            for owner in self._owners[id(parameter)]:
+                if not any(p is not None and p.requires_grad for p in owner._parameters.values()):
+                    release(owner)
+
+    def written(self) -> list[str]:
+        """The trained parameters that something was written into since they began to train."""
+        return [name for name, version in self._versions.items() if self.parameters[name]._version != version]
+
+    def narrowed(self) -> list[str]:
+        """The frozen parameters that are stored in fewer bits than the model came with."""
+        return [
+            name
+            for name, p in self.parameters.items()
+            if name not in self._versions and torch.promote_types(p.dtype, self._plain[name][0]) != p.dtype
+        ]
+
+    def settle(self) -> None:
+        """Leave a plain model in the compute dtype: every parameter rounded once, no module held."""
+        self._leave(self.compute)
+
+    def restore(self) -> None:
+        """Leave the model as it came, its dtypes included; exact if nothing was written or narrowed."""
+        self._leave({name: dtype for name, (dtype, _) in self._plain.items()})
+
+    def _leave(self, dtypes: dict[str, torch.dtype]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data = parameter.data.to(dtypes[name])
+            parameter.grad = None
+            parameter.requires_grad_(self._plain[name][1])
+            for owner in self._owners[id(parameter)]:
+                release(owner)
+        self.carries.clear()
