@@ -22,12 +22,12 @@ from torch import Tensor, nn
 Context = Any  # the context object of torch.autograd.Function has no useful static type
 
 
-def compute_dtype_of(x: Tensor) -> torch.dtype:
-    """The dtype in which to compute on `x`: its own, or autocast's where autocast is on."""
+def compute_dtype_of(x: Tensor, own: torch.dtype | None = None) -> torch.dtype:
+    """The dtype in which to compute on `x`: autocast's where it is on, else `own`, else that of `x`."""
     device = x.device.type
-    if x.is_floating_point() and device != "meta" and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return x.dtype
+    return own or x.dtype
 
 
 @contextmanager
@@ -70,11 +70,12 @@ class _CastLinearFunction(torch.autograd.Function):
         return dx, dw, db
 
 
-def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer in `x`'s (or autocast's) dtype; `weight` (out, in) and `bias` (out) may be fp32."""
-    dtype = compute_dtype_of(x)
-    if weight.dtype == dtype and (bias is None or bias.dtype == dtype):
-        return F.linear(x, weight, bias)
+def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None, own: torch.dtype) -> Tensor:
+    """A linear layer computed in the dtype `own` (or autocast's); `weight` (out, in) and `bias` (out) may be fp32.
+
+    x is cast, too: T5 looks at the dtype of a weight and hands its layer an input widened to it.
+    """
+    dtype = compute_dtype_of(x, own)
     flat = x.to(dtype).reshape(-1, x.shape[-1])
     out: Tensor = _CastLinearFunction.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], weight.shape[0])
@@ -89,14 +90,14 @@ class _Held:
 
 class _HeldLinear(_Held):
     def forward(self, x: Tensor) -> Tensor:
-        return cast_linear(x, self.weight, self.bias)  # type: ignore[attr-defined]
+        return cast_linear(x, self.weight, self.bias, self.trimtab_dtype)  # type: ignore[attr-defined]
 
 
 class _HeldConv1D(_Held):
     """GPT-2's linear layer, whose weight is (in, out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast_linear(x, self.weight.t(), self.bias)  # type: ignore[attr-defined]
+        return cast_linear(x, self.weight.t(), self.bias, self.trimtab_dtype)  # type: ignore[attr-defined]
 
 
 class _HeldEmbedding(_Held):

@@ -16,6 +16,19 @@ from trimtab.nn.precision import hold, release
 from trimtab.nn.weights import narrow_with_carry
 
 
+def _fingerprint(tensor: Tensor) -> tuple[int, float] | None:
+    """Two numbers that an optimizer's step changes. (Version counters do not: fused AdamW leaves them alone.)
+
+    The exclusive-or of all bits misses equal changes in an even number of equal entries, as in a norm's
+    weights of one; the sum does not, since 1 + x and 1 - x round differently.
+    """
+    if tensor.device.type == "meta":
+        return None
+    return int(torch.hash_tensor(tensor.detach()).view(torch.int64)), float(
+        torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
+    )
+
+
 class Residence:
     """The dtype, the carry and the `requires_grad` of each parameter of `model`, tied ones once.
 
@@ -31,7 +44,7 @@ class Residence:
         self._plain = {name: (p.dtype, p.requires_grad) for name, p in self.parameters.items()}
         self.compute = {name: dtype or p.dtype for name, p in self.parameters.items()}
         self.carries: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        self._fingerprints: dict[str, tuple[int, float] | None] = {}
         self._owners: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             for parameter in module._parameters.values():
@@ -47,7 +60,7 @@ class Residence:
             if not self.pure:
                 for owner in self._owners[id(parameter)]:
                     hold(owner, compute)
-            self._versions[name] = parameter._version
+            self._fingerprints[name] = _fingerprint(parameter)
 
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze these parameters: gradient freed, stored in the compute dtype, the rest in a carry."""
@@ -55,7 +68,7 @@ class Residence:
             parameter = self.parameters[name]
             parameter.requires_grad_(False)
             parameter.grad = None
-            self._versions.pop(name, None)
+            self._fingerprints.pop(name, None)
             if parameter.dtype != self.compute[name]:
                 parameter.data, carry = narrow_with_carry(parameter.data, self.compute[name])
                 if not self.pure:
@@ -66,14 +79,14 @@ class Residence:
 
     def written(self) -> list[str]:
         """The trained parameters that something was written into since they began to train."""
-        return [name for name, version in self._versions.items() if self.parameters[name]._version != version]
+        return [name for name, mark in self._fingerprints.items() if _fingerprint(self.parameters[name]) != mark]
 
     def narrowed(self) -> list[str]:
         """The frozen parameters that are stored in fewer bits than the model came with."""
         return [
             name
             for name, p in self.parameters.items()
-            if name not in self._versions and torch.promote_types(p.dtype, self._plain[name][0]) != p.dtype
+            if name not in self._fingerprints and torch.promote_types(p.dtype, self._plain[name][0]) != p.dtype
         ]
 
     def settle(self) -> None:
