@@ -11,8 +11,6 @@ hooks and tied tensors stay. `release` swaps it back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,20 +26,6 @@ def compute_dtype_of(x: Tensor, own: torch.dtype | None = None) -> torch.dtype:
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return own or x.dtype
-
-
-@contextmanager
-def full_fp32_matmul() -> Iterator[None]:
-    """Within it, fp32 products are fp32: neither TF32 on CUDA nor bf16 in oneDNN, whatever the user set."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
 
 
 class _CastLinearFunction(torch.autograd.Function):

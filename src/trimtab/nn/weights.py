@@ -1,9 +1,14 @@
 """Frozen weights: how one is stored, multiplied with, and written into at a merge.
 
 A holder is a plain object, never a module: the weight stays a parameter of its layer, under its own name,
-and is handed to the holder's methods. What a holder adds is the *carry*: a frozen bf16 weight W stands for
-W + carry, where the carry (bf16, in host memory) is what rounding would have lost. It is read and written
-only when something is merged, so it costs nothing in training. W + carry has at least 16 significant bits.
+and is handed to the holder's methods. What a holder adds is the *carry*: a 16-bit weight W stands for
+W + carry, where the carry (2 bytes an entry, in host memory) is what rounding would have lost. It is read
+and written only when something is merged, so it costs nothing in training.
+
+For a bf16 weight the carry is an int16: the distance, in steps of the fp32 grid, from W to the fp32 value
+that it stands for. bf16 is the upper half of fp32, so W and carry together are that value exactly. (A bf16
+carry takes as much room and holds 17 bits; fifty restarts then drift by 2^-14.) For an fp16 weight it is
+the difference itself, in bf16.
 """
 
 from __future__ import annotations
@@ -14,24 +19,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: fp32 elements that a merge works on at a time (32 MiB): a merge never holds a second copy of a weight.
+#: Entries that a merge works on at a time (64 MiB in float64): a merge never holds a second copy of a weight.
 MERGE_CHUNK = 1 << 23
 
-CARRY_DTYPE = torch.bfloat16
+
+def split(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An fp32 `value` as its nearest neighbour in a 16-bit `dtype` and the carry that makes up for the rest."""
+    narrow = value.to(dtype)
+    if dtype != torch.bfloat16:
+        return narrow, (value - narrow.float()).to(torch.bfloat16)
+    steps = value.view(torch.int32) - narrow.float().view(torch.int32)
+    # A tie that rounded down lies 2^15 steps above: one more than int16 holds, so it is one fp32 step off.
+    return narrow, steps.clamp_(max=2**15 - 1).to(torch.int16)
 
 
-def host_carry(like: Tensor) -> Tensor:
-    """A zero carry for a weight, in host memory; pinned where the weight lives on a CUDA device."""
-    if like.device.type == "meta":
-        return torch.zeros(like.shape, dtype=CARRY_DTYPE, device="meta")
-    return torch.zeros(like.shape, dtype=CARRY_DTYPE, pin_memory=like.device.type == "cuda")
+def join(narrow: Tensor, carry: Tensor) -> Tensor:
+    """The fp32 value that a 16-bit weight and its carry stand for; the inverse of `split`."""
+    wide = narrow.float()
+    if narrow.dtype != torch.bfloat16:
+        return wide + carry
+    return (wide.view(torch.int32) + carry).view(torch.float32)
+
+
+def zero_carry(weight: Tensor) -> Tensor:
+    """The carry of a weight that nothing was lost from, in host memory, pinned where the weight is on CUDA."""
+    dtype = torch.int16 if weight.dtype == torch.bfloat16 else torch.bfloat16
+    if weight.device.type == "meta":
+        return torch.zeros(weight.shape, dtype=dtype, device="meta")
+    return torch.zeros(weight.shape, dtype=dtype, pin_memory=weight.device.type == "cuda")
 
 
 def narrow_with_carry(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Split `wide` into its value rounded to `dtype` and the carry that rounding left."""
-    narrow = wide.to(dtype)
-    carry = host_carry(narrow)
-    carry.copy_(wide - narrow)
+    """`wide` in `dtype`, and in host memory the carry of what that lost."""
+    narrow, lost = split(wide.float(), dtype)
+    carry = zero_carry(narrow)
+    carry.copy_(lost)
     return narrow, carry
 
 
@@ -40,7 +62,7 @@ class Dense:
 
     Args:
         transposed: the weight is stored (in, out), as GPT-2's Conv1D does, instead of (out, in).
-        carry: what rounding left, in the weight's stored shape; None stands for zero.
+        carry: what rounding lost, in the weight's stored shape; None stands for nothing.
         exact: keep a carry when a merge rounds; without it the rest is lost, as in the papers' pure bf16.
     """
 
@@ -50,7 +72,7 @@ class Dense:
         self.exact = exact
 
     def matmul(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-        """X W' + b in x's dtype, for x (T, in); the result is (T, out) and fresh."""
+        """x W' + b in x's dtype, for x (T, in); the result is (T, out) and fresh."""
         w = weight.to(x.dtype)
         return F.linear(x, w.t() if self.transposed else w, None if bias is None else bias.to(x.dtype))
 
@@ -64,21 +86,25 @@ class Dense:
         return x.t() @ g if self.transposed else g.t() @ x
 
     def row_blocks(self, weight: Tensor) -> Iterator[slice]:
-        """Blocks of stored rows, each small enough to be worked on in fp32."""
+        """Blocks of stored rows, each small enough to be worked on in float64."""
         rows, columns = weight.shape
         height = max(1, MERGE_CHUNK // max(1, columns))
         for start in range(0, rows, height):
             yield slice(start, min(start + height, rows))
 
     def rows(self, weight: Tensor, block: slice) -> Tensor:
-        """The exact value W + carry of a block of stored rows, in fp32 (or wider), on the weight's device; fresh."""
-        value = weight[block].to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        return value if self.carry is None else value.add_(self.carry[block].to(value.device))
+        """The value W + carry of a block of stored rows, in fp32 or wider, on the weight's device; fresh."""
+        stored = weight[block]
+        if self.carry is None:
+            return stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
+        return join(stored, self.carry[block].to(stored.device))
 
     def write_rows(self, weight: Tensor, block: slice, value: Tensor) -> None:
-        """Store an fp32 `value` in a block of stored rows: rounded to nearest, the rest into the carry."""
-        weight[block] = value.to(weight.dtype)
-        if self.exact and weight.dtype != value.dtype:
-            if self.carry is None:
-                self.carry = host_carry(weight)
-            self.carry[block] = (value - weight[block].float()).to(CARRY_DTYPE).to(self.carry.device)
+        """Store a `value` of a block of stored rows, rounded to nearest; what a 16-bit dtype loses is carried."""
+        if not self.exact or weight.dtype not in (torch.bfloat16, torch.float16):
+            weight[block] = value.to(weight.dtype)
+            return
+        if self.carry is None:
+            self.carry = zero_carry(weight)
+        weight[block], lost = split(value.float(), weight.dtype)
+        self.carry[block] = lost.to(self.carry.device)
