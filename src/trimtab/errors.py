@@ -37,3 +37,7 @@ class CannotDetach(TrimtabError):
 
 class CannotSave(TrimtabError):
     """The adapter alone would not describe what was trained; the message says what to save instead."""
+
+
+class ReportError(TrimtabError):
+    """A run folder, or a file in it that a report needs, is missing or damaged, or the report could not be written."""
