@@ -30,6 +30,18 @@ from torch import Tensor
 
 from trimtab.errors import CheckpointError, ConfigError, NonFiniteError, ReportError
 from trimtab.report.files import write_whole
+from trimtab.report.start import write_start
+
+__all__ = [
+    "MatrixSpectrum",
+    "Spectrum",
+    "TypeSpectrum",
+    "matrix_types",
+    "numerical_rank",
+    "singular_values",
+    "update_spectrum",
+    "write_start",
+]
 
 #: Singular values at or below this share of the largest do not count towards the rank.
 THRESHOLD = 1e-2
