@@ -159,12 +159,12 @@ def write_lines(path: Path, events: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
-def make_run(folder: Path, steps: int = 2000, every: int = 10, **method: Any) -> Path:
+def make_run(folder: Path, steps: int = 2000, every: int = 10, layers: int = 12, **method: Any) -> Path:
     """A finished run."""
     folder.mkdir(parents=True)
     tree = config(steps, **method)
     (folder / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     write_lines(folder / "metrics.jsonl", metrics(tree, every))
     (folder / "parameters.json").write_text(json.dumps(PARAMETERS))
-    spectrum().save(folder / "spectrum.json")
+    spectrum(layers).save(folder / "spectrum.json")
     return folder

@@ -23,10 +23,11 @@ a{color:inherit}
 nav{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin:1rem 0 0;font-size:.9rem}
 nav a{color:var(--soft);text-decoration-color:var(--rule);text-underline-offset:.25em}
 section{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:1.3rem 1.4rem;margin-top:1.2rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));gap:.7rem;margin-top:1.3rem}
-.card{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:.75rem .95rem}
-.card b{display:block;font-size:1.45rem;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
-.card span{font-size:.82rem;color:var(--soft);display:block}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:.6rem;margin-top:1.3rem}
+.card{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:.7rem .8rem}
+.card b{display:block;white-space:nowrap;font-size:1.22rem;line-height:1.25;font-weight:650;
+font-variant-numeric:tabular-nums}
+.card span{font-size:.78rem;line-height:1.4;color:var(--soft);display:block}
 .says{padding-left:1.1rem;margin:0}
 .says li{margin:.3rem 0}
 .notice{background:var(--warn);border-left:4px solid var(--warnline);padding:.6rem .9rem;margin-top:1rem;
@@ -43,9 +44,10 @@ align-items:center}
 .key{display:inline-flex;align-items:center;gap:.4rem}
 .key i{display:inline-block;width:1.1rem;height:0;border-top:2.5px solid currentColor}
 .key i.faint{opacity:.4}
-.key i.dots,.key i.ring{width:.6rem;height:.6rem;border-radius:50%;border:0;background:currentColor}
+.key i.dots,.key i.ring,.key i.points{width:.6rem;height:.6rem;border-radius:50%;border:0;background:currentColor}
+.key i.points{width:.35rem;height:.35rem}
 .key i.ring{background:none;border:2.5px solid currentColor}
-.key i.upright{width:0;height:.9rem;border:0;border-left:2px dashed currentColor}
+.key i.upright{width:0;height:1rem;border:0;border-left:2px dashed currentColor}
 .key i.upright.switch{border-left-style:solid}
 .key i.upright.resume{border-left-style:dotted}
 .key i.flat{border-top-style:dashed;border-top-width:2px}
@@ -58,6 +60,7 @@ touch-action:pan-y}
 .grid{stroke:var(--grid);stroke-width:1}
 .line{stroke-width:1.8;stroke-linejoin:round}
 .faint{stroke-width:1;opacity:.38;stroke-linejoin:round}
+.points{stroke-width:3.4;stroke-linecap:round}
 .dots{stroke-width:6.5;stroke-linecap:round}
 .ring{stroke-width:12;stroke-linecap:round}
 .hole{stroke:var(--card);stroke-width:7;stroke-linecap:round}
@@ -71,8 +74,9 @@ line-height:1}
 .yt{right:100%;transform:translateY(-50%);padding-right:.45rem}
 .xt{top:100%;transform:translateX(-50%);padding-top:.4rem}
 .xl{text-align:center;font-size:.78rem;color:var(--soft);margin:1.35rem .9rem 0 3.1rem}
-.note{position:absolute;top:.1rem;font-size:.74rem;padding:0 .35rem;white-space:nowrap}
-.note.left{transform:translateX(-100%)}
+.note{position:absolute;top:.1rem;font-size:.74rem;padding:0 .3rem;margin:0 .15rem;white-space:nowrap;
+border-radius:3px;background:color-mix(in srgb,var(--card) 82%,transparent);pointer-events:none}
+.note.left{transform:translateX(calc(-100% - .3rem))}
 .empty{position:absolute;inset:0;margin:0;display:grid;place-items:center;color:var(--soft);font-size:.85rem}
 figcaption,.fine{font-size:.84rem;color:var(--soft);margin:.5rem 0 0}
 .hair{position:absolute;top:0;bottom:0;width:1px;background:var(--ink);opacity:.5;pointer-events:none}
@@ -81,10 +85,10 @@ padding:.3rem .55rem;font-size:.78rem;line-height:1.45;pointer-events:none;white
 font-variant-numeric:tabular-nums;box-shadow:0 2px 8px #0003}
 .tip i{display:inline-block;width:.55rem;height:.55rem;border-radius:50%;margin-right:.4rem}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;font-size:.95rem;padding-bottom:.4rem}
-th,td{padding:.38rem .7rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
-th{font-weight:600;color:var(--soft);font-size:.82rem;vertical-align:bottom}
+th,td{padding:.38rem .48rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+th{font-weight:600;color:var(--soft);font-size:.8rem;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 td.left,th.left{text-align:left}
 td small{color:var(--soft)}

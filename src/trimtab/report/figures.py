@@ -19,15 +19,13 @@ PANELS = 24
 _SMOOTH_FROM = 150
 
 
-def marks(run: RunFolder, resumes: bool = False) -> list[Marks]:
-    """The vertical lines that all curves over steps share."""
-    found = [
-        Marks(words.many(len(run.restarts), "restart"), run.restarts, "restart"),
-        Marks("end of the warm start", [] if run.switch is None else [run.switch], "switch", "warm start ends"),
+def marks(run: RunFolder, *, named: bool = True, note: bool = False) -> list[Marks]:
+    """The vertical lines that all curves over steps share; not `named` leaves them out of the legend."""
+    switch = [] if run.switch is None else [run.switch]
+    return [
+        Marks(words.many(len(run.restarts), "restart") if named else "", run.restarts, "restart"),
+        Marks("end of the warm start" if named else "", switch, "switch", "warm start ends" if note else ""),
     ]
-    if resumes:
-        found.append(Marks(words.many(len(run.resumes), "resume"), run.resumes, "resume"))
-    return found
 
 
 def step_axis(run: RunFolder, whole: bool = False) -> Axis:
@@ -57,7 +55,7 @@ def loss_figure(run: RunFolder) -> str:
     if above:
         caption += (
             f" {words.many(len(above), 'point')} above the axis, the highest {words.sig(max(above))}: "
-            "the axis follows the run after its first tenth."
+            "the axis follows the run after its first twentieth."
         )
     return chart(
         "Loss",
@@ -68,8 +66,8 @@ def loss_figure(run: RunFolder) -> str:
             Series("validation of the merged model", end_x, end_y, "final", "ring"),
         ],
         step_axis(run),
-        Axis("nats/token", low, high, form=words.sig),
-        marks=marks(run),
+        Axis("nats/token", low, high),
+        marks=marks(run, note=True),
         height=360,
         caption=caption,
     )
@@ -89,17 +87,17 @@ def rate_figure(run: RunFolder) -> str:
             optim, method = run.config.optim, run.config.method
             plan = [Series("planned", plan_x, plan_y, "plan")]
             early = optim.warm_start_lr
-            other = f" ({words.sig(early)} in the warm start)" if early is not None and method.switch_step else ""
+            other = f" ({words.tick(early)} in the warm start)" if early is not None and method.switch_step else ""
             caption = (
                 f"The line is the plan: a multiplier between 0 and 1, times the peak rate of "
-                f"{words.sig(optim.lr)}{other}. The points were logged."
+                f"{words.tick(optim.lr)}{other}. The points were logged."
             )
     high = max((float(one.max()) for one in (*(s.y for s in plan), y) if len(one)), default=1.0) or 1.0
     return chart(
         "Learning rate",
-        [*plan, Series("logged", x, y, "train", "dots" if len(x) <= 250 else "faint")],
+        [*plan, Series("logged", x, y, "train", "points" if len(x) <= 400 else "faint")],
         step_axis(run, whole=True),
-        Axis("multiplier × peak rate", 0.0, high * 1.06, form=lambda value: words.sig(value, 2)),
+        Axis("multiplier × peak rate", 0.0, high * 1.06),
         marks=marks(run),
         height=220,
         caption=caption,
@@ -130,7 +128,7 @@ def speed_figure(run: RunFolder) -> str:
         [Series("tokens/s", x, y, "train", legend=False)],
         step_axis(run),
         Axis("tokens/s", 0.0, high),
-        marks=marks(run, resumes=True),
+        marks=[*marks(run, named=False), Marks(words.many(len(run.resumes), "resume"), run.resumes, "resume")],
         height=200,
     )
 
@@ -145,9 +143,9 @@ def gradient_figure(run: RunFolder) -> str:
         "Gradient norm",
         [Series("gradient norm", x, y, "train", legend=False)],
         step_axis(run),
-        Axis("norm of the gradient, log", low, high, log=True, form=lambda value: words.sig(value, 2)),
-        marks=marks(run),
-        levels=[] if clip is None else [Level(f"clipped above {words.sig(clip)}", clip)],
+        Axis("norm of the gradient, log", low, high, log=True),
+        marks=marks(run, named=False),
+        levels=[] if clip is None else [Level(f"clipped above {words.tick(clip)}", clip)],
         height=200,
     )
 
@@ -190,7 +188,7 @@ def spectrum_figures(spectrum: Spectrum) -> str:
     smallest = min(
         (s / m.singular_values[0] for _, g in groups for m in g for s in m.singular_values if s > 0), default=1e-3
     )
-    floor = 10.0 ** min(-3, max(-6, math.floor(math.log10(smallest))))
+    floor = 10.0 ** min(-3, max(-5, math.floor(math.log10(smallest))))
     return f'<div class="many">{"".join(_panel(spectrum, kind, group, floor) for kind, group in groups)}</div>'
 
 
@@ -216,7 +214,7 @@ def _panel(spectrum: Spectrum, kind: str, group: list[MatrixSpectrum], floor: fl
         if m.singular_values
     ]
     longest = max((len(values) for values in relative), default=1)
-    x = Axis("index of the singular value", 0.0, float(longest), form=words.count)
+    x = Axis("index of the singular value", 0.0, float(longest))
     lines = [
         Series("each matrix", _indices(values), values, "train", "faint", hover=False, legend=False)
         for values in relative
@@ -237,7 +235,7 @@ def _panel(spectrum: Spectrum, kind: str, group: list[MatrixSpectrum], floor: fl
         f"{kind}: {ranks} of {longest}",
         [*lines, Series("median over layers" if len(group) > 1 else "singular value", _indices(middle), middle)],
         x,
-        Axis("share of the largest, log", floor, 1.6, log=True, form=lambda value: words.sig(value, 1)),
+        Axis("share of the largest, log", floor, 8.0, log=True),
         marks=upright,
         levels=[Level("", spectrum.threshold)],
         height=190,

@@ -76,8 +76,9 @@ def summary(run: RunFolder, spectrum: Spectrum | None) -> list[str]:
         lines.append(f"The first {run.switch:,} steps trained every weight; then the base was frozen.")
     if run.restarts:
         where = ", ".join(f"{step:,}" for step in run.restarts[:8]) + (", …" if len(run.restarts) > 8 else "")
+        steps = "step" if len(run.restarts) == 1 else "steps"
         lines.append(
-            f"{words.many(len(run.restarts), 'restart')}, after step {where}: each folded the adapter into the "
+            f"{words.many(len(run.restarts), 'restart')}, after {steps} {where}: each folded the adapter into the "
             "weights, drew a new one and reset its optimizer state."
         )
     if spectrum is not None and spectrum.matrices:
@@ -158,7 +159,7 @@ def _subtitle(run: RunFolder) -> str:
         settings = method.model_dump(exclude_defaults=True, exclude={"name"}, mode="json")
         settings = {"rank": getattr(method, "rank", None), **settings}
         told = [
-            f"{key.replace('_', ' ')} {value}"
+            f"{key.replace('_', ' ')} {_told(value)}"
             for key, value in settings.items()
             if isinstance(value, int | float | str)
         ]
@@ -166,15 +167,21 @@ def _subtitle(run: RunFolder) -> str:
         parts.append(f"{run.config.model.name} in {run.config.dtype}")
     if run.started is not None:
         parts.append(words.date(run.started))
-    machine = ", ".join(
-        f"{key} {value}" for key, value in run.machine.items() if key not in _NOT_MACHINE and _plain(value)
-    )
-    lines = [" · ".join(parts), machine]
+    lines = [" · ".join(parts), ", ".join(_machine(run))]
     return "".join(f'<p class="sub">{escape(line)}</p>' for line in lines if line)
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, str | int | float)
+def _machine(run: RunFolder) -> list[str]:
+    """The "run" event in words: Trimtab 0.1.0, torch 2.13.0, device cpu, threads 2."""
+    return [
+        f"{'Trimtab' if key == 'version' else key.replace('_', ' ')} {_told(value)}"
+        for key, value in run.machine.items()
+        if key not in _NOT_MACHINE and isinstance(value, str | int | float)
+    ]
+
+
+def _told(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _cards(run: RunFolder, spectrum: Spectrum | None) -> str:
@@ -319,9 +326,8 @@ def _repeat(run: RunFolder) -> str:
     text += f"<pre>{escape(again)}</pre>"
     if run.final is None:
         text += f"<p>To go on where it stopped:</p><pre>{escape(goes_on)}</pre>"
-    versions = [f"{key} {run.machine[key]}" for key in ("version", "torch") if _plain(run.machine.get(key))]
-    if versions:
-        text += f'<p class="fine">Written with {escape(", ".join(versions)).replace("version ", "Trimtab ", 1)}.</p>'
+    if run.machine:
+        text += f'<p class="fine">Made with {escape(", ".join(_machine(run)))}.</p>'
     return text
 
 

@@ -25,6 +25,7 @@ from trimtab.report.runfolder import FloatArray
 #: Columns that a curve is thinned to; a page is some 1,000 pixels wide.
 COLUMNS = 700
 _UNITS = 1000.0
+_ROUND = ("points", "dots", "ring")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Series:
         label: its name in the legend and under the cross-hair.
         x: positions; y: values, of the same length.
         colour: a colour variable of the page.
-        style: "line", "faint" (a line in the background) or "dots".
+        style: "line", "faint" (a line in the background), "points" (small), "dots" or "ring".
         hover: whether the cross-hair reads it out.
         legend: whether the legend lists it.
     """
@@ -44,7 +45,7 @@ class Series:
     x: FloatArray
     y: FloatArray
     colour: str = "train"
-    style: Literal["line", "faint", "dots", "ring"] = "line"
+    style: Literal["line", "faint", "points", "dots", "ring"] = "line"
     hover: bool = True
     legend: bool = True
 
@@ -76,7 +77,7 @@ class Axis:
     low: float
     high: float
     log: bool = False
-    form: Callable[[float], str] = field(default=words.short)
+    form: Callable[[float], str] = field(default=words.tick)
 
     def place(self, values: FloatArray) -> FloatArray:
         """Positions in [0, 1]; outside it for values out of range, but never far outside."""
@@ -93,7 +94,11 @@ class Axis:
             low, high = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             stride = max(1, math.ceil((high - low + 1) / (wanted + 1)))
             decades = [10.0**power for power in range(high, low - 1, -stride)][::-1]
-            return decades if len(decades) > 1 else [self.low, self.high]
+            if len(decades) > 2 or high - low > 1:
+                return decades
+            fine = [m * 10.0**power for power in range(low - 1, high + 1) for m in (1, 2, 5)]
+            found = [value for value in fine if self.low <= value <= self.high]
+            return found if len(found) > 1 else [self.low, self.high]
         raw = (self.high - self.low) / wanted
         unit = 10.0 ** math.floor(math.log10(raw))
         step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw * 0.999)
@@ -132,7 +137,7 @@ def smooth(x: FloatArray, y: FloatArray, window: int, breaks: Sequence[float] = 
     return out
 
 
-def loss_range(series: Sequence[tuple[FloatArray, FloatArray]], share: float = 0.1) -> tuple[float, float]:
+def loss_range(series: Sequence[tuple[FloatArray, FloatArray]], share: float = 0.05) -> tuple[float, float]:
     """A range of y that shows what matters: the highest 2 % and the first `share` of the run may stick out above.
 
     The bottom is the lowest value. Without points it is (0, 1).
@@ -164,8 +169,8 @@ def chart(
 ) -> str:
     """One figure as HTML. All texts are plain; they are escaped here."""
     drawn = [(one, *thin(one.x, one.y, columns)) for one in series if len(one.x)]
-    lines = "".join(_curve(one, x.place(xs), y.place(ys)) for one, xs, ys in drawn if one.style in ("line", "faint"))
-    dots = "".join(_curve(one, x.place(xs), y.place(ys)) for one, xs, ys in drawn if one.style in ("dots", "ring"))
+    lines = "".join(_curve(one, x.place(xs), y.place(ys)) for one, xs, ys in drawn if one.style not in _ROUND)
+    dots = "".join(_curve(one, x.place(xs), y.place(ys)) for one, xs, ys in drawn if one.style in _ROUND)
     x_ticks, y_ticks = x.ticks(), y.ticks(4)
     grid = "".join(f"M0 {_u(1 - at)}H1000" for at in y.place(np.asarray(y_ticks)))
     upright = "".join(_marks(mark, x) for mark in marks if len(mark.xs))
@@ -214,7 +219,7 @@ def histogram(title: str, values: FloatArray, *, bins: int = 50, height: int = 1
     """The density of `values` in `bins` equal bins on (0, largest), on a log axis, as a small figure."""
     top = float(values.max()) if len(values) else 0.0
     if top <= 0:
-        return chart(title, (), Axis("", 0, 1, form=words.sig), Axis("density", 0, 1), height=height)
+        return chart(title, (), Axis("", 0, 1), Axis("density", 0, 1), height=height)
     density, edges = np.histogram(values, bins=bins, range=(0.0, top), density=True)
     positive = density[density > 0]
     y = Axis("density", 10.0 ** math.floor(math.log10(positive.min())), float(positive.max()) * 1.5, log=True)
@@ -227,8 +232,8 @@ def histogram(title: str, values: FloatArray, *, bins: int = 50, height: int = 1
             Series("density", stairs_x, stairs_y, "train", hover=False),
             Series("density", middle, density, "train", "faint", legend=False),
         ),
-        Axis("singular value", 0.0, top, form=lambda value: words.sig(value, 2)),
-        Axis("density", y.low, y.high, log=True, form=lambda value: words.sig(value, 1)),
+        Axis("singular value", 0.0, top),
+        Axis("density", y.low, y.high, log=True),
         height=height,
         x_word="singular value",
         legend=False,
@@ -239,11 +244,11 @@ def _curve(one: Series, x: FloatArray, y: FloatArray) -> str:
     """A path. Points far outside are pulled to the edge of what a renderer takes without trouble."""
     left, top = np.clip(x, -9, 10) * _UNITS, (1 - np.clip(y, -9, 10)) * _UNITS
     pairs = [f"{_n(round(a, 1))} {_n(round(b, 1))}" for a, b in zip(left.tolist(), top.tolist(), strict=True)]
-    if one.style in ("dots", "ring") or len(pairs) == 1:
+    if one.style in _ROUND or len(pairs) == 1:
         inside = [pair for pair, at in zip(pairs, y.tolist(), strict=True) if -0.001 <= at <= 1.001]
         # A line of no length with round ends is a dot that stays round in a stretched drawing.
         path = "".join(f"M{pair}h0" for pair in inside)
-        shape = "ring" if one.style == "ring" else "dots"
+        shape = one.style if one.style in _ROUND else "dots"
         again = f'<path class="hole" d="{path}"/>' if shape == "ring" else ""
         return f'<path class="{shape}" style="stroke:var(--{one.colour})" d="{path}"/>{again}'
     return f'<path class="{one.style}" style="stroke:var(--{one.colour})" d="M{"L".join(pairs)}"/>'

@@ -8,7 +8,6 @@ it is left out, except for the time it took.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,9 @@ from trimtab.config import PretrainConfig
 from trimtab.errors import ReportError
 from trimtab.optim.schedule import Schedule
 from trimtab.report.spectrum import Spectrum
+
+#: Nothing that is logged is this large; beyond it, sums and squares would leave float64.
+_HUGE = 1e150
 
 Record = dict[str, Any]
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
@@ -87,7 +89,8 @@ class RunFolder:
     @property
     def final(self) -> Record | None:
         """The last evaluation, of the merged model; None while the run has not got there."""
-        return next((record for record in reversed(self.evals) if record.get("final")), None)
+        last = self.evals[-1] if self.evals else {}
+        return last if last.get("final") and last["step"] >= self.last_step else None
 
     def series(self, key: str, records: Iterable[Record] | None = None) -> tuple[FloatArray, FloatArray]:
         """Steps and values of one logged number, without the records that lack it or hold no finite one."""
@@ -106,7 +109,7 @@ class RunFolder:
 
 def number(value: Any) -> float | None:
     """A finite number as a float, anything else as None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_HUGE < value < _HUGE:
         return None
     return float(value)
 
@@ -259,13 +262,20 @@ def _read_parameters(path: Path, run: RunFolder) -> None:
             run.phases.append(
                 Phase(
                     name=str(entry["phase"]),
-                    from_step=int(entry.get("from_step", 0)),
-                    total=int(entry["total"]),
-                    trainable=int(entry["trainable"]),
-                    groups={str(key): int(value) for key, value in entry.get("groups", {}).items()},
-                    memory={str(key): int(value) for key, value in entry.get("memory", {}).items()},
+                    from_step=_count(entry.get("from_step", 0)),
+                    total=_count(entry["total"]),
+                    trainable=_count(entry["trainable"]),
+                    groups={str(key): _count(value) for key, value in entry.get("groups", {}).items()},
+                    memory={str(key): _count(value) for key, value in entry.get("memory", {}).items()},
                 )
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
         run.phases = []
         run.notices.append(f"parameters.json could not be read ({type(problem).__name__}: {problem}).")
+
+
+def _count(value: Any) -> int:
+    found = int(value)
+    if not 0 <= found < 1 << 62:
+        raise ValueError(f"{str(value)[:20]} is no count")
+    return found

@@ -30,6 +30,19 @@ def sig(value: float, digits: int = 4) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def tick(value: float) -> str:
+    """A number beside an axis, as short as it can be: 0.25, 1,500, 20k, 5e-4."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 10_000:
+        text = short(value)
+        return f"{text[:-1].rstrip('0').rstrip('.')}{text[-1]}" if "." in text else text
+    if abs(value) >= 0.01:
+        return f"{value:,.4f}".rstrip("0").rstrip(".")
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def size(value: float) -> str:
     """Bytes in binary units: 1.25 GiB."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
@@ -67,5 +80,6 @@ def _digits(value: float, digits: int) -> str:
     """Fixed-point text with about `digits` significant digits, thousands set apart."""
     if value == 0:
         return "0"
-    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])  # after rounding: 999.9 has one digit more
+    places = max(0, digits - 1 - exponent)
     return f"{value:,.{places}f}"
