@@ -464,3 +464,20 @@ def test_chart_without_points_is_still_a_chart() -> None:
 def test_numbers_read_well(found: str, expected: str) -> None:
     """Numbers have a unit and no more digits than a reader needs."""
     assert found == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=5))
+def test_gradient_axis_holds_every_norm(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
+    """Whatever the norms are, they lie within a log axis that has at least two ticks."""
+    run = tmp_path_factory.mktemp("r")
+    write_lines(
+        run / "metrics.jsonl",
+        [{"event": "step", "step": i + 1, "grad_norm": value} for i, value in enumerate(values)],
+    )
+    page = report(run)
+    box = next(attrs for _, attrs in page.tags if str(attrs.get("aria-label")).startswith("Gradient norm"))
+    low, high, log = map(float, str(box["data-y"]).split(","))
+    assert log == 1
+    assert low < min(values) <= max(values) < high
+    assert len(Axis("norm", low, high, log=True).ticks(4)) >= 2

@@ -137,7 +137,7 @@ def gradient_figure(run: RunFolder) -> str:
     """The gradient's norm before clipping, on a log axis."""
     x, y = run.series("grad_norm")
     x, y = x[y > 0], y[y > 0]
-    low, high = (float(y.min()) * 0.8, float(y.max()) * 1.25) if len(y) else (0.1, 10.0)
+    low, high = (_round(float(y.min()), up=False), _round(float(y.max()), up=True)) if len(y) else (0.1, 10.0)
     clip = run.config.train.clip if run.config else None
     return chart(
         "Gradient norm",
@@ -148,6 +148,13 @@ def gradient_figure(run: RunFolder) -> str:
         levels=[] if clip is None else [Level(f"clipped above {words.tick(clip)}", clip)],
         height=200,
     )
+
+
+def _round(value: float, *, up: bool) -> float:
+    """The next number 1, 2 or 5 x 10^n strictly above or below."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    ladder = [unit * factor for factor in (0.5, 1, 2, 5, 10, 20)]
+    return min(at for at in ladder if at > value * 1.001) if up else max(at for at in ladder if at < value * 0.999)
 
 
 def memory_bars(phases: list[Phase]) -> str:

@@ -76,19 +76,19 @@ def summary(run: RunFolder, spectrum: Spectrum | None) -> list[str]:
         lines.append(f"The first {run.switch:,} steps trained every weight; then the base was frozen.")
     if run.restarts:
         where = ", ".join(f"{step:,}" for step in run.restarts[:8]) + (", …" if len(run.restarts) > 8 else "")
-        steps = "step" if len(run.restarts) == 1 else "steps"
+        steps, each = ("step", "it") if len(run.restarts) == 1 else ("steps", "each")
         lines.append(
-            f"{words.many(len(run.restarts), 'restart')}, after {steps} {where}: each folded the adapter into the "
+            f"{words.many(len(run.restarts), 'restart')}, after {steps} {where}: {each} folded the adapter into the "
             "weights, drew a new one and reset its optimizer state."
         )
     if spectrum is not None and spectrum.matrices:
         lines.append(_rank_sentence(spectrum))
-    held = [(phase, sum(phase.memory.values())) for phase in run.phases if phase.memory]
+    held = [(phase, phase.on_device) for phase in run.phases if phase.memory]
     if len(held) > 1:
         most, least = max(held, key=lambda pair: pair[1]), min(held, key=lambda pair: pair[1])
         if most[1] > least[1]:
             lines.append(
-                f"Memory peaks in the phase “{most[0].name}” at {words.size(most[1])} of weights, gradients and "
+                f"Device memory peaks in the phase “{most[0].name}” at {words.size(most[1])} of weights, gradients and "
                 f"optimizer state; “{least[0].name}” holds {words.size(least[1])} "
                 f"({100 * (1 - least[1] / most[1]):.0f} % less)."
             )
@@ -248,7 +248,7 @@ def _memory(run: RunFolder) -> str:
             [
                 phase.name,
                 *(words.size(phase.memory.get(key, 0)) for key in kinds),
-                words.size(sum(size for key, size in phase.memory.items() if not key.endswith("_host"))),
+                words.size(phase.on_device),
             ]
             for phase in run.phases
         ]

@@ -39,6 +39,11 @@ class Phase:
     groups: dict[str, int]
     memory: dict[str, int]
 
+    @property
+    def on_device(self) -> int:
+        """Bytes held on the device: all but what is kept in host memory."""
+        return sum(size for key, size in self.memory.items() if not key.endswith("_host"))
+
 
 @dataclass
 class RunFolder:
