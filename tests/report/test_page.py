@@ -97,6 +97,7 @@ def test_page_has_each_section_of_a_finished_run(run: Path) -> None:
         "of at most 640 (4 restarts, r = 128 each)",
         "134,105,856",
         "71,584,512",
+        "peak resident 3.00 GiB",
         "gate_proj",
         "r = 128",
         "(k + 1) r = 640",
@@ -326,6 +327,7 @@ def test_a_run_that_goes_on_after_its_end_is_unfinished(run: Path) -> None:
     found = read_run(run)
     assert found.final is None
     assert found.stop is None
+    assert "gone on since this spectrum" in report(run).text
     assert summary(found, None)[0].startswith("The run has not finished: it stands at step 410")
 
 

@@ -256,8 +256,13 @@ def _memory(run: RunFolder) -> str:
         table += f'<div style="height:1.2rem"></div>{_table("Memory", heads, memory)}{figures.memory_bars(run.phases)}'
     return (
         f'{table}<p class="fine">“All” counts each tied tensor once. Memory is what is held between steps plus the '
-        "gradients; activations depend on the micro-batch and come on top.</p>"
+        f"gradients; activations depend on the micro-batch and come on top.{escape(_measured(run))}</p>"
     )
+
+
+def _measured(run: RunFolder) -> str:
+    told = [f"{key.replace('_', ' ')} {words.size(value)}" for key, value in run.measured.items()]
+    return f" Measured in this process: {', '.join(told)}." if told else ""
 
 
 def _spectrum(run: RunFolder, spectrum: Spectrum | None) -> str:
@@ -275,6 +280,8 @@ def _spectrum(run: RunFolder, spectrum: Spectrum | None) -> str:
         "with everything that rounding held back. Each panel shows the singular values of dW by index, relative to the "
         f"largest: one faint line a matrix, the bold one their median; {escape(lines)}.</p>"
     )
+    if run.final is None:
+        intro += '<p class="notice">The run has gone on since this spectrum was computed.</p>'
     if many:
         intro += f'<p class="fine">The first {figures.PANELS} matrix types are drawn; the table lists all.</p>'
     heads = [

@@ -61,6 +61,7 @@ class RunFolder:
         restarts: steps after which the adapter was merged and drawn anew; `resumes` likewise.
         switch: the step at which the warm start ended.
         stop: the last "stop" event.
+        measured: peaks of memory that the process saw, in bytes.
         notices: what could not be read, one sentence each.
     """
 
@@ -78,6 +79,7 @@ class RunFolder:
     switch: int | None = None
     stop: Record | None = None
     phases: list[Phase] = field(default_factory=list)
+    measured: dict[str, int] = field(default_factory=dict)
     spectrum: Spectrum | None = None
     notices: list[str] = field(default_factory=list)
 
@@ -263,7 +265,9 @@ def _read_parameters(path: Path, run: RunFolder) -> None:
     if not path.exists():
         return
     try:
-        for entry in json.loads(path.read_text(encoding="utf-8"))["phases"]:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        run.measured = {str(key): _count(value) for key, value in tree.get("measured", {}).items()}
+        for entry in tree["phases"]:
             run.phases.append(
                 Phase(
                     name=str(entry["phase"]),
@@ -275,7 +279,7 @@ def _read_parameters(path: Path, run: RunFolder) -> None:
                 )
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
-        run.phases = []
+        run.phases, run.measured = [], {}
         run.notices.append(f"parameters.json could not be read ({type(problem).__name__}: {problem}).")
 
 
