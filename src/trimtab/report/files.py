@@ -19,7 +19,7 @@ def whole_file(path: Path, error: type[TrimtabError]) -> Iterator[BinaryIO]:
         path: the target; its folder exists.
         error: what an `OSError` (no space, no permission) is turned into, with one line of advice.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill left is written over
     try:
         with temporary.open("w+b") as file:
             yield file
