@@ -85,7 +85,9 @@ def locked(folder: Path) -> Iterator[None]:
                 waiting = True
                 time.sleep(0.1)
             except OSError as error:
-                raise DataError(f"{path}: this file system has no locks ({error.strerror}); use a local disk") from error
+                raise DataError(
+                    f"{path}: this file system has no locks ({error.strerror}); use a local disk"
+                ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()}".encode())
         file.flush()

@@ -23,6 +23,9 @@ class Cursor(NamedTuple):
     row: int
 
 
+BEGINNING = Cursor(0, 0)
+
+
 class Document(NamedTuple):
     """One document.
 
@@ -45,7 +48,7 @@ class _Row:
     where: str
 
 
-def read_documents(inputs: Sequence[Input], text_field: str, start: Cursor = Cursor(0, 0)) -> Iterator[Document]:
+def read_documents(inputs: Sequence[Input], text_field: str, start: Cursor = BEGINNING) -> Iterator[Document]:
     """Every document from `start` on, in order. Rows without any text are passed over.
 
     Raises:

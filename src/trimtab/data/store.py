@@ -1,10 +1,10 @@
 """The token store: two memory-mapped parts, a tokenizer and a manifest.
 
-    manifest.json        written last: settings, inputs, counts, and size and sha256 of every other file
-    tokenizer/           a Hugging Face tokenizer folder
-    train.bin            tokens, little-endian uint16 (vocabularies up to 65,536) or uint32,
-    validation.bin       document after document, each with an end-of-text token at its end
-    validation.bytes     uint32: how many UTF-8 bytes of its document each validation token covers
+manifest.json        written last: settings, inputs, counts, and size and sha256 of every other file
+tokenizer/           a Hugging Face tokenizer folder
+train.bin            tokens, little-endian uint16 (vocabularies up to 65,536) or uint32,
+validation.bin       document after document, each with an end-of-text token at its end
+validation.bytes     uint32: how many UTF-8 bytes of its document each validation token covers
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class TokenStore:
             manifest = json.loads(path.read_bytes())
             version, files = manifest["format"], manifest["files"]
         except FileNotFoundError as error:
-            raise DataError(f"{folder}: no complete token store (no {MANIFEST}); build it with trimtab tokenize") from error
+            raise DataError(
+                f"{folder}: no complete token store (no {MANIFEST}); build it with trimtab tokenize"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(folder, f"{MANIFEST} cannot be read") from error
         if version != FORMAT:

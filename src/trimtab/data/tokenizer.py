@@ -101,9 +101,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> TextTokenizer:
         yield from texts
 
     tokenizer.train_from_iterator(all_texts(), trainer)
-    hf = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
-    )
+    hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
     return _wrap(hf, "the trained BPE")
 
 

@@ -69,13 +69,15 @@ def build_store(
         raise ConfigError("data.tokenizer: give exactly one of path and bpe_vocab_size")
     folder = Path(folder)
     settings = store_settings(config, seed)
-    if not (folder / MANIFEST).exists():
+    if not (folder / MANIFEST).exists() or (folder / "plan.json").exists():
         with naming_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         build = Build(config, seed, settings, folder, progress or (lambda _: None), shard_bytes)
         build.check_folder()
         with locked(folder):
-            if not (folder / MANIFEST).exists():
+            if (folder / MANIFEST).exists():
+                build.clean()  # of one that was killed after its last step
+            else:
                 build.run()
     store = TokenStore.open(folder)
     _check_made_from(store, config, settings)
@@ -108,7 +110,9 @@ def _check_made_from(store: TokenStore, config: DataConfig, settings: dict[str, 
     if path is not None and Path(path).expanduser().is_dir():
         there = load_tokenizer(path).fingerprint
         if there != store.manifest["tokenizer"]["sha256"]:
-            raise DataError(f"{store.folder}: the tokenizer in {path!r} has changed since the store was built; {way_out}")
+            raise DataError(
+                f"{store.folder}: the tokenizer in {path!r} has changed since the store was built; {way_out}"
+            )
 
 
 def _check_length(store: TokenStore, config: DataConfig) -> None:
