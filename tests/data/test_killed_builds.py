@@ -33,7 +33,7 @@ def test_a_build_killed_at_every_step_ends_with_the_same_bytes(tmp_path: Path) -
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     taken_up = {line["point"]: line["documents_done"] for line in lines}
     assert "train tokenizer 1" not in taken_up
-    assert 0 == taken_up["tokenize 2"] < taken_up["slow"] < taken_up["tokenize 4"] < taken_up["assemble 2"] < 240
+    assert 0 == taken_up["tokenize 2"] < taken_up["slow"] <= taken_up["tokenize 4"] < taken_up["assemble 2"] < 240
     assert taken_up["before the manifest"] == 240
     assert "never" not in taken_up  # the manifest was there: nothing left to do but to clean
     assert sum(point.startswith("twin") for point in taken_up) == 1

@@ -21,7 +21,7 @@ from trimtab.data.store import Split
 IGNORE = -100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """One batch of n sequences of S tokens.
 

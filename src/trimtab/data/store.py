@@ -30,7 +30,7 @@ BYTE_LENGTHS = "uint32"
 VERIFY_BELOW = 1 << 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """One part of a store.
 
@@ -57,7 +57,7 @@ class Split:
         return max(0, self.n_tokens - 1) // seq_len
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenStore:
     """An opened store. Use `open`, or `trimtab.data.tokens.build_store`.
 

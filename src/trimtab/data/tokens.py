@@ -32,7 +32,7 @@ def store_settings(config: DataConfig, seed: int) -> dict[str, Any]:
 def store_folder(config: DataConfig, seed: int, out: Path) -> Path:
     """`data.store`, or a folder in OUT/tokens named by a hash of all that decides the store's bytes."""
     if config.store is not None:
-        return config.store
+        return config.store.expanduser()
     digest = hashlib.sha256(json.dumps(store_settings(config, seed), sort_keys=True).encode()).hexdigest()
     return Path(out) / "tokens" / digest[:16]
 
