@@ -47,7 +47,9 @@ def base_tensors(model: nn.Module, adapter_tensors: Mapping[str, Tensor]) -> dic
     found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"the model's state has {name}, a {type(tensor).__name__}; a checkpoint holds tensors")
+            raise CheckpointError(
+                f"the model's state has {name}, a {type(tensor).__name__}; a checkpoint holds tensors"
+            )
         if name in adapter_tensors or _identity(tensor) in seen:
             continue
         seen.add(_identity(tensor))
@@ -119,9 +121,7 @@ class Checkpointer:
         state = self.adapter.state_dict()
         optimizer_tensors, packed = optimstate.pack(self.optimizer)
         contents = (base_tensors(self.model, state.tensors), state.tensors, optimizer_tensors)
-        digests = {
-            name: write_tensors(folder / name, tensors) for name, tensors in zip(FILES, contents, strict=True)
-        }
+        digests = {name: write_tensors(folder / name, tensors) for name, tensors in zip(FILES, contents, strict=True)}
         body = {
             "format": FORMAT,
             "step": step,
@@ -215,8 +215,7 @@ def load(path: Path) -> Checkpoint:
 def newest(folder: Path, report: Callable[[str, str], None]) -> Checkpoint | None:
     """The newest complete checkpoint in a `checkpoints` folder, or None when it holds none at all.
 
-    Args:
-        report: called with the name and the fault of each damaged checkpoint that is passed over.
+    `report` is called with the name and the fault of each damaged checkpoint that is passed over.
 
     Raises:
         CheckpointError: there are checkpoints, and each of them is damaged.
@@ -251,7 +250,8 @@ def _verified(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'state.json'} cannot be read: {error}") from error
     if body["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has the checkpoint format {body['format']}, this version reads {FORMAT}; use the version that wrote it"
+            f"{path} has the checkpoint format {body['format']}, this version reads {FORMAT}; "
+            "use the version that wrote it"
         )
     for name in FILES:
         verify(path / name, body["files"][name])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.data.batches import Batch
 from trimtab.errors import DataError
+
+if TYPE_CHECKING:
+    from trimtab.data.batches import Batch
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,9 @@ def unpack(optimizer: Optimizer, tensors: Mapping[str, Tensor], packed: Mapping[
     if here != there:
         ours, theirs = {n for _, names in here for n in names}, {n for _, names in there for n in names}
         differing = sorted(ours ^ theirs)
-        what = f"only one of them has {', '.join(differing[:3])}" if differing else "they are grouped or ordered otherwise"
+        what = (
+            f"only one of them has {', '.join(differing[:3])}" if differing else "they are grouped or ordered otherwise"
+        )
         raise CheckpointError(f"the checkpoint's optimizer trains other parameters than this run: {what}")
     placed: dict[tuple[str, torch.device], Tensor] = {}
     fresh: dict[Tensor, dict[str, Any]] = {}

@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,11 +50,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         if tensor.dtype not in _NAMES:
             raise CheckpointError(f"tensor {name} has the dtype {tensor.dtype}, which a safetensors file cannot hold")
         size = math.prod(tensor.shape) * tensor.element_size()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
+        place = [offset, offset + size]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -71,10 +69,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _raw_bytes(tensor: Tensor) -> memoryview:
+def _raw_bytes(tensor: Tensor) -> Any:
     """The tensor's bytes in row-major order; a view where it lies so on the CPU already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def file_digest(path: Path) -> str:
@@ -98,7 +96,9 @@ def verify(path: Path, digest: str) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if found != digest:
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is {found[:12]}..., the checkpoint says {digest[:12]}...")
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is {found[:12]}..., the checkpoint says {digest[:12]}..."
+        )
 
 
 def names(path: Path) -> list[str]:
@@ -111,7 +111,7 @@ class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file by name, each read when it is asked for. Use it in a `with` block."""
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt")
+        self._file: Any = safe_open(path, framework="pt")
 
     def __enter__(self) -> TensorFile:
         self._file.__enter__()
