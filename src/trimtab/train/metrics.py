@@ -85,19 +85,25 @@ class MetricsFile:
         self._file.close()
 
 
-def tensorboard_writer(folder: Path, start: int) -> Any:
-    """A TensorBoard writer that hides what an earlier run wrote after step `start`.
+def require_tensorboard() -> None:
+    """Find out at the start of a run, before anything is computed.
 
     Raises:
         ConfigError: the package is not installed.
     """
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             "log.tensorboard = true needs the package tensorboard: pip install 'trimtab[tensorboard]', "
             "or set log.tensorboard=false"
         ) from error
+
+
+def tensorboard_writer(folder: Path, start: int) -> Any:
+    """A TensorBoard writer that hides what an earlier run wrote after step `start`."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=start + 1)
 
 

@@ -82,9 +82,7 @@ def continued(config: PretrainConfig, checkpoint: Checkpoint) -> tuple[PretrainC
 def _restarts_agree(old: PretrainConfig, new: PretrainConfig, step: int) -> None:
     """The completed steps must hold the same restarts under both configurations."""
     if new.train.steps < step:
-        raise ConfigError(
-            f"train.steps = {new.train.steps} is less than the {step} steps that the run has completed; give at least {step}"
-        )
+        raise ConfigError(f"train.steps = {new.train.steps} is less than the {step} steps that the run has completed")
     lists = [c.method.restarts(c.train.steps, c.schedule.rewarm_steps) for c in (old, new)]
     done, wanted = ([n for n in restarts if n <= step] for restarts in lists)
     if done != wanted:

@@ -37,7 +37,7 @@ from trimtab.train.checkpoint import Checkpoint, Checkpointer, newest
 from trimtab.train.evaluate import EvalResult, evaluate
 from trimtab.train.loop import Training, train
 from trimtab.train.memory import measured_peak, phase_row, predict_phases
-from trimtab.train.metrics import MetricsFile, RunLog, tensorboard_writer, truncate
+from trimtab.train.metrics import MetricsFile, RunLog, require_tensorboard, tensorboard_writer, truncate
 from trimtab.train.objective import Objective
 from trimtab.train.progress import ProgressLine
 from trimtab.train.resume import continued, refuse_used_folder
@@ -165,7 +165,8 @@ class _Run:
         config = self.config
         start = checkpoint.step if checkpoint else 0
         total, last = config.train.steps, min(config.train.stop_at or config.train.steps, config.train.steps)
-        board = tensorboard_writer(self.folder / "tensorboard", start) if config.log.tensorboard else None
+        if config.log.tensorboard:
+            require_tensorboard()
         randomstate.seed_all(config.seed)
         store = self._store(checkpoint)
         self._validation_is_there(store)
@@ -219,6 +220,7 @@ class _Run:
             last=checkpoint.path if checkpoint else None,
         )
         progress = ProgressLine(self.console, total, start, last, self.schedule.restarts)
+        board = tensorboard_writer(self.folder / "tensorboard", start) if config.log.tensorboard else None
         log = RunLog(MetricsFile(self.folder / "metrics.jsonl"), progress, board, every=config.log.every, last=last)
         stack.callback(log.close)
         log.event(self._opening(start) if checkpoint is None else {"event": "resume", "step": start})
