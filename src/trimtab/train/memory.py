@@ -8,6 +8,7 @@ import sys
 from typing import Any, cast
 
 import torch
+from rich.table import Table
 from torch import nn
 
 from trimtab.config import OptimConfig
@@ -86,3 +87,30 @@ def measured_peak(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["peak_device"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def phase_table(phases: list[dict[str, Any]]) -> Table:
+    """Parameters and memory of each phase, a column each."""
+    table = Table(title="Parameters and memory", title_justify="left")
+    table.add_column("")
+    for row in phases:
+        table.add_column(f"{row['phase']} (from step {row['from_step']})", justify="right")
+    for key in ("total", "trainable"):
+        table.add_row(f"{key} parameters", *(f"{row[key]:,}" for row in phases))
+    for group in phases[0]["groups"]:
+        table.add_row(f"  {group}", *(f"{row['groups'][group]:,}" for row in phases))
+    labels = {
+        "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state", "carry_host": "carry (host)",
+    }  # fmt: skip
+    for key, label in labels.items():
+        table.add_row(label, *(size_text(row["memory"][key]) for row in phases))
+    table.add_row("together, without activations", *(size_text(sum(row["memory"].values())) for row in phases))
+    return table
+
+
+def size_text(count: int) -> str:
+    """Bytes in binary units."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import trimtab
 from trimtab.config import PretrainConfig
@@ -32,11 +31,12 @@ from trimtab.optim.schedule import Schedule
 from trimtab.report.page import write_report
 from trimtab.report.spectrum import update_spectrum
 from trimtab.report.start import write_start
+from trimtab.report.tokenbar import token_bar
 from trimtab.train import randomstate
 from trimtab.train.checkpoint import Checkpoint, Checkpointer, newest
 from trimtab.train.evaluate import EvalResult, evaluate
 from trimtab.train.loop import Training, train
-from trimtab.train.memory import measured_peak, phase_row, predict_phases
+from trimtab.train.memory import measured_peak, phase_row, phase_table, predict_phases, size_text
 from trimtab.train.metrics import MetricsFile, RunLog, require_tensorboard, tensorboard_writer, truncate
 from trimtab.train.objective import Objective
 from trimtab.train.progress import ProgressLine
@@ -71,17 +71,7 @@ def build_schedule(config: PretrainConfig) -> Schedule:
     Raises:
         ConfigError: lengths that do not fit together.
     """
-    return Schedule(
-        total_steps=config.train.steps,
-        shape=config.schedule.shape,
-        warmup_steps=config.schedule.warmup_steps,
-        floor=config.schedule.floor,
-        warm_start_steps=config.method.switch_step,
-        after_warm_start=config.schedule.after_warm_start,
-        restarts=config.method.restarts(config.train.steps, config.schedule.rewarm_steps),
-        rewarm_steps=config.schedule.rewarm_steps,
-        reference=config.schedule.reference,
-    )
+    return config.multiplier()
 
 
 def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Console | None = None) -> RunResult:
@@ -269,7 +259,9 @@ class _Run:
 
     def _store(self, checkpoint: Checkpoint | None) -> TokenStore:
         config = self.config
-        store = build_store(config.data, config.seed, store_folder(config.data, config.seed, config.out))
+        folder = store_folder(config.data, config.seed, config.out)
+        with token_bar(self.console) as progress:
+            store = build_store(config.data, config.seed, folder, progress)
         if checkpoint and checkpoint.extra["data"] != _data_identity(store):
             raise DataError(
                 f"the token store {store.folder} is not the one that the run was computed on; "
@@ -336,7 +328,7 @@ class _Run:
         peak = measured_peak(self.device)
         _replace_text(self.folder / "parameters.json", json.dumps({"phases": self.phases, "measured": peak}))
         for name, value in peak.items():
-            _say(self.console, f"measured {name.replace('_', ' ')} memory: {_size(value)}")
+            _say(self.console, f"measured {name.replace('_', ' ')} memory: {size_text(value)}")
         return peak
 
     def _finish(self, model: Any, adapter: Adapter, store: TokenStore, log: RunLog) -> EvalResult:
@@ -391,33 +383,6 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def phase_table(phases: list[dict[str, Any]]) -> Table:
-    """Parameters and memory of each phase, a column each."""
-    table = Table(title="Parameters and memory", title_justify="left")
-    table.add_column("")
-    for row in phases:
-        table.add_column(f"{row['phase']} (from step {row['from_step']})", justify="right")
-    for key in ("total", "trainable"):
-        table.add_row(f"{key} parameters", *(f"{row[key]:,}" for row in phases))
-    for group in phases[0]["groups"]:
-        table.add_row(f"  {group}", *(f"{row['groups'][group]:,}" for row in phases))
-    labels = {
-        "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state", "carry_host": "carry (host)",
-    }  # fmt: skip
-    for key, label in labels.items():
-        table.add_row(label, *(_size(row["memory"][key]) for row in phases))
-    table.add_row("together, without activations", *(_size(sum(row["memory"].values())) for row in phases))
-    return table
-
-
-def _size(count: int) -> str:
-    """Bytes in binary units."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
 def _data_identity(store: TokenStore) -> dict[str, Any]:
     """What tells two token stores apart: their manifests hold the checksums of all parts."""
     return dict(json.loads(json.dumps(store.manifest)))
@@ -429,4 +394,4 @@ def _replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-__all__ = ["RunResult", "build_schedule", "phase_table", "pretrain", "save_model"]
+__all__ = ["DTYPES", "RunResult", "build_schedule", "phase_table", "pretrain", "save_model"]
