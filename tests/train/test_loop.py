@@ -193,13 +193,14 @@ def test_a_process_ends_with_the_status_of_its_signal(tmp_path: Path, number: in
     assert load(tmp_path / "checkpoints" / names(tmp_path)[0]).step >= 1
 
 
-def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
-    """A second Ctrl-C does not wait for the step, nor for a checkpoint."""
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_leaves_at_once(tmp_path: Path, first: int) -> None:
+    """Ctrl-C after a first signal does not wait for the step, nor for a checkpoint."""
     process = child(SLOW, str(tmp_path), "600")
     wait_for(tmp_path / "ready", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(first)
     assert process.stderr is not None
-    while b"Ctrl-C again" not in process.stderr.readline():
+    while b"Ctrl-C now" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate()

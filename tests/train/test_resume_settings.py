@@ -11,7 +11,8 @@ import pytest
 from trimtab.config import PretrainConfig
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.train.checkpoint import Checkpoint
-from trimtab.train.resume import continued, refuse_used_folder
+from trimtab.train.folder import refuse_used_folder
+from trimtab.train.resume import continued
 
 TREE: dict[str, Any] = {
     "model": {"name": "llama-9m"},
@@ -128,6 +129,9 @@ def test_a_used_folder_is_refused(tmp_path: Path) -> None:
     refuse_used_folder(tmp_path)
     refuse_used_folder(tmp_path / "new")
     (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"no checkpoint, so remove it, or choose another name"):
+        refuse_used_folder(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"--resume .*choose another name"):
         refuse_used_folder(tmp_path)
-    assert os.listdir(tmp_path) == ["config.yaml"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.yaml"]

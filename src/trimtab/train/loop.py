@@ -180,7 +180,7 @@ def forward_backward(run: Training, batch: Batch) -> Tensor:
         extra = run.adapter.extra_loss()
         if extra is not None:
             loss = loss + extra * (part.input_ids.shape[0] / sequences)
-        loss.backward()
+        torch.autograd.backward(loss)
         nats += part_nats.detach()
     return nats
 

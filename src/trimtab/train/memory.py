@@ -104,7 +104,7 @@ def phase_table(phases: list[dict[str, Any]]) -> Table:
     }  # fmt: skip
     for key, label in labels.items():
         table.add_row(label, *(size_text(row["memory"][key]) for row in phases))
-    table.add_row("together, without activations", *(size_text(sum(row["memory"].values())) for row in phases))
+    table.add_row("together (no activations)", *(size_text(sum(row["memory"].values())) for row in phases))
     return table
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -91,16 +90,4 @@ def _restarts_agree(old: PretrainConfig, new: PretrainConfig, step: int) -> None
         raise ConfigError(
             f"train.steps: {old.train.steps} became {new.train.steps}, which moves the list of restarts: the one after "
             f"step {at} {what}, so its {step} completed steps do not belong to the new list; choose another train.steps"
-        )
-
-
-def refuse_used_folder(folder: Path) -> None:
-    """A new run needs a folder of its own.
-
-    Raises:
-        ConfigError: it exists and holds something.
-    """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ConfigError(
-            f"name: {folder} exists and is not empty; continue that run with --resume {folder}, or choose another name"
         )

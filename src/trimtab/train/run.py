@@ -7,9 +7,9 @@ spectrum is taken before the merge, because the merge rounds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,12 +35,13 @@ from trimtab.report.tokenbar import token_bar
 from trimtab.train import randomstate
 from trimtab.train.checkpoint import Checkpoint, Checkpointer, newest
 from trimtab.train.evaluate import EvalResult, evaluate
+from trimtab.train.folder import refuse_used_folder, replace_text, save_model
 from trimtab.train.loop import Training, train
 from trimtab.train.memory import measured_peak, phase_row, phase_table, predict_phases, size_text
 from trimtab.train.metrics import MetricsFile, RunLog, require_tensorboard, tensorboard_writer, truncate
 from trimtab.train.objective import Objective
 from trimtab.train.progress import ProgressLine
-from trimtab.train.resume import continued, refuse_used_folder
+from trimtab.train.resume import continued
 from trimtab.train.signals import StopSignals
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,15 +90,15 @@ def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Con
     console = console or Console()
     _refuse_distributed()
     folder = resume or config.out / config.name
-    checkpoint = None
+    checkpoint, damaged = None, frozenset[str]()
     if resume is None:
         refuse_used_folder(folder)
     else:
-        checkpoint = _find_checkpoint(folder, console)
+        checkpoint, damaged = _find_checkpoint(folder, console)
         config, notes = continued(config, checkpoint)
         for note in notes:
             _say(console, note)
-    run = _Run(config, folder, console, build_schedule(config))
+    run = _Run(config, folder, console, build_schedule(config), damaged)
     with ExitStack() as stack:
         return run.go(checkpoint, stack)
 
@@ -111,16 +112,21 @@ def _refuse_distributed() -> None:
         )
 
 
-def _find_checkpoint(folder: Path, console: Console) -> Checkpoint:
-    found = newest(
-        folder / "checkpoints", lambda name, fault: _say(console, f"checkpoint {name} is passed over: {fault}")
-    )
+def _find_checkpoint(folder: Path, console: Console) -> tuple[Checkpoint, frozenset[str]]:
+    """The checkpoint to continue from, and the names of the damaged ones that were passed over."""
+    damaged = set()
+
+    def pass_over(name: str, fault: str) -> None:
+        damaged.add(name)
+        _say(console, f"checkpoint {name} is passed over: {fault}")
+
+    found = newest(folder / "checkpoints", pass_over)
     if found is None:
         raise CheckpointError(
             f"{folder} holds no checkpoint to resume from; remove the folder and start the run anew, "
             "with a smaller checkpoint.every"
         )
-    return found
+    return found, frozenset(damaged)
 
 
 def _say(console: Console, text: str) -> None:
@@ -135,6 +141,7 @@ class _Run:
     folder: Path
     console: Console
     schedule: Schedule
+    damaged: frozenset[str]
     phases: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -159,7 +166,6 @@ class _Run:
             require_tensorboard()
         randomstate.seed_all(config.seed)
         store = self._store(checkpoint)
-        self._validation_is_there(store)
 
         tokenizer = store.tokenizer
         model = build_model(
@@ -207,6 +213,7 @@ class _Run:
             config.model_dump(mode="json"),
             keep=config.checkpoint.keep,
             extra={"data": _data_identity(store)},
+            damaged=self.damaged,
             last=checkpoint.path if checkpoint else None,
         )
         progress = ProgressLine(self.console, total, start, last, self.schedule.restarts)
@@ -219,8 +226,11 @@ class _Run:
             self._phase_changed(adapter, step)
             objective.check(sample)
 
+        # Whatever was built before may have drawn from the generators (a store made now, say, and not found ready).
         if checkpoint:
             checkpoint.load_random()
+        else:
+            randomstate.seed_all(config.seed)
         with StopSignals() as signals, progress:
             step = train(
                 Training(
@@ -274,7 +284,7 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if checkpoint:
                 truncate(self.folder / "metrics.jsonl", checkpoint.step)
-            _replace_text(self.folder / "config.yaml", dump_config(self.config))
+            replace_text(self.folder / "config.yaml", dump_config(self.config))
         except OSError as error:
             raise CheckpointError(
                 f"the run folder {self.folder} cannot be written: {error.strerror or error}; choose another out=FOLDER"
@@ -301,14 +311,6 @@ class _Run:
             eos_id=store.tokenizer.eos_id,
         )
 
-    def _validation_is_there(self, store: TokenStore) -> None:
-        """Find out before hours of training that there is nothing to evaluate on."""
-        if next(iter(self._validation(store, 1)), None) is None:
-            raise DataError(
-                f"the validation part of {store.folder} is empty; raise data.validation_share (now "
-                f"{self.config.data.validation_share}), give more text, or name data.validation_sources"
-            )
-
     def _evaluate(self, model: torch.nn.Module, objective: Objective, store: TokenStore, tokens: int) -> EvalResult:
         return evaluate(model, objective, self._validation(store, tokens))
 
@@ -317,16 +319,19 @@ class _Run:
         write_start(self.folder / "start.safetensors", adapter.effective_weights())
         label = next((row["phase"] for row in self.phases if row["from_step"] == step), "training")
         row = phase_row(adapter, self.config.optim, label, step)
+        if row in self.phases:
+            _say(self.console, f"step {step}  phase {label}: {row['trainable']:,} parameters train; memory as foretold")
+            return
         self.phases = [*(old for old in self.phases if old["from_step"] < step), row]
         self._show_phases()
 
     def _show_phases(self) -> None:
-        _replace_text(self.folder / "parameters.json", json.dumps({"phases": self.phases}))
+        replace_text(self.folder / "parameters.json", json.dumps({"phases": self.phases}))
         self.console.print(phase_table(self.phases))
 
     def _note_peak(self) -> dict[str, int]:
         peak = measured_peak(self.device)
-        _replace_text(self.folder / "parameters.json", json.dumps({"phases": self.phases, "measured": peak}))
+        replace_text(self.folder / "parameters.json", json.dumps({"phases": self.phases, "measured": peak}))
         for name, value in peak.items():
             _say(self.console, f"measured {name.replace('_', ' ')} memory: {size_text(value)}")
         return peak
@@ -357,41 +362,9 @@ class _Run:
         return result
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a Hugging Face folder with model and tokenizer, under a temporary name first.
-
-    Raises:
-        CheckpointError: it could not be written; nothing is left of it then.
-    """
-    temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
-    try:
-        for leftover in (temporary, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        model.save_pretrained(temporary)
-        tokenizer.save(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"the model could not be written to {folder}: {error.strerror or error}; the last checkpoint stands, "
-            "so free some space and continue with --resume"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _data_identity(store: TokenStore) -> dict[str, Any]:
-    """What tells two token stores apart: their manifests hold the checksums of all parts."""
-    return dict(json.loads(json.dumps(store.manifest)))
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def _data_identity(store: TokenStore) -> str:
+    """What tells two token stores apart: a checksum of the checksums of all their files."""
+    return hashlib.sha256(json.dumps(store.manifest["files"], sort_keys=True).encode()).hexdigest()
 
 
 __all__ = ["DTYPES", "RunResult", "build_schedule", "phase_table", "pretrain", "save_model"]

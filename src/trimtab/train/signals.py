@@ -13,7 +13,7 @@ STATUS = {"SIGINT": 130, "SIGTERM": 143}
 
 
 class StopSignals:
-    """Within `with`, the first SIGINT or SIGTERM only sets `name`; a second SIGINT interrupts at once.
+    """Within `with`, the first SIGINT or SIGTERM only sets `name`; a SIGINT after that interrupts at once.
 
     Python lets only the main thread set handlers; elsewhere nothing is set and `name` stays None.
     """
@@ -43,10 +43,10 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         arrived = signal.Signals(number).name
-        if arrived == "SIGINT" and self.name == "SIGINT":
+        if arrived == "SIGINT" and self.name is not None:
             raise KeyboardInterrupt
         if self.name is None:
             self.name = arrived
-            text = f"\n{arrived}: finishing this step, then a last checkpoint (Ctrl-C again leaves at once)\n"
+            text = f"\n{arrived}: finishing this step, then a last checkpoint (Ctrl-C now leaves at once)\n"
             # print() may be in the middle of a write when the signal comes; os.write cannot be re-entered.
             os.write(2, text.encode())
