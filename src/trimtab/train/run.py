@@ -150,12 +150,8 @@ class _Run:
             raise ConfigError("device = cuda, but torch sees no GPU here; use device=cpu or device=auto")
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen)
         self.dtype = DTYPES[self.config.dtype]
-        self.sequences, rest = divmod(self.config.train.batch_tokens, self.config.data.seq_len)
-        if rest or not self.sequences:
-            raise ConfigError(
-                f"train.batch_tokens = {self.config.train.batch_tokens} is not a multiple of data.seq_len = "
-                f"{self.config.data.seq_len}"
-            )
+        # The configuration has refused a number that leaves a rest.
+        self.sequences = self.config.train.batch_tokens // self.config.data.seq_len
 
     def go(self, checkpoint: Checkpoint | None, stack: ExitStack) -> RunResult:
         """The whole run, from the data to the report."""
