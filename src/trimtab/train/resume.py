@@ -1,0 +1,93 @@
+"""Which settings a run may be continued with: those that leave what was computed so far right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from trimtab.config import PretrainConfig
+from trimtab.errors import CheckpointError, ConfigError
+from trimtab.train.checkpoint import Checkpoint
+
+#: Settings (or whole sections) that may change: they touch the future alone, or nothing that is computed.
+FREE = (
+    "name", "out", "optim.lr", "optim.warm_start_lr", "schedule.floor", "train.steps", "train.stop_at",
+    "eval", "checkpoint", "log", "data.workers", "data.store",
+)  # fmt: skip
+
+#: Settings that change how the same numbers are computed: the continuation is right, but no longer bit for bit.
+INEXACT = ("device", "train.micro_batch", "loss.chunked", "loss.chunk", "model.gradient_checkpointing")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings as dotted keys; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _under(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def continued(config: PretrainConfig, checkpoint: Checkpoint) -> tuple[PretrainConfig, list[str]]:
+    """The configuration to continue with, and notes on it for the user.
+
+    Args:
+        config: as read from the run folder, with what the user changed.
+        checkpoint: what the run continues from; it knows the configuration it was computed under.
+
+    Raises:
+        ConfigError: a setting changed that would make the continuation wrong; the message names it with
+            both values.
+        CheckpointError: another version, whose settings are not known here, wrote the checkpoint.
+    """
+    try:
+        old = PretrainConfig.model_validate(checkpoint.config)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{checkpoint.path} was written under settings that this version does not know "
+            f"({'.'.join(map(str, error.errors()[0]['loc']))}); continue with the version that wrote it"
+        ) from error
+    before, after = flatten(old.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    notes = []
+    for key in changed:
+        if _under(key, INEXACT):
+            notes.append(
+                f"{key} was {before.get(key)!r} and is {after.get(key)!r}: the run continues, but not bit for bit"
+            )
+        elif not _under(key, FREE):
+            raise ConfigError(
+                f"{key}: the run was computed with {before.get(key)!r}, and going on with {after.get(key)!r} would "
+                f"make it wrong; leave it, or start a new run under another name"
+            )
+    _restarts_agree(old, config, checkpoint.step)
+    stop = config.train.stop_at
+    if stop is not None and stop <= checkpoint.step and config.train.steps > checkpoint.step:
+        if "train.stop_at" in changed:
+            raise ConfigError(f"train.stop_at = {stop} is not after step {checkpoint.step}, where the run stands")
+        config = config.model_copy(update={"train": config.train.model_copy(update={"stop_at": None})})
+        notes.append(f"train.stop_at = {stop} was reached; the run goes on to step {config.train.steps}")
+    return config, notes
+
+
+def _restarts_agree(old: PretrainConfig, new: PretrainConfig, step: int) -> None:
+    """The completed steps must hold the same restarts under both configurations."""
+    if new.train.steps < step:
+        raise ConfigError(f"train.steps = {new.train.steps} is less than the {step} steps that the run has completed")
+    lists = [c.method.restarts(c.train.steps, c.schedule.rewarm_steps) for c in (old, new)]
+    done, wanted = ([n for n in restarts if n <= step] for restarts in lists)
+    if done != wanted:
+        at = sorted(set(done) ^ set(wanted))[0]
+        what = "happened in this run" if at in done else "did not happen in this run"
+        raise ConfigError(
+            f"train.steps: {old.train.steps} became {new.train.steps}, which moves the list of restarts: the one after "
+            f"step {at} {what}, so its {step} completed steps do not belong to the new list; choose another train.steps"
+        )
