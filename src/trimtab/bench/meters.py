@@ -7,13 +7,15 @@ kernel is in none of them, but it is in the resident memory, which is measured i
 from __future__ import annotations
 
 import gc
-import json
+import inspect
+import math
 import subprocess
 import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
-
 
 # -- live bytes ------------------------------------------------------------------------------------
 
@@ -41,7 +42,7 @@ class LiveBytes:
         return self.peak - self.before
 
 
-class LiveMeter(TorchDispatchMode):
+class LiveMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages of tensors that exist, each once, while the mode is on.
 
     Every tensor that an operator returns is followed by a weak reference to its storage, so views share
@@ -52,7 +53,7 @@ class LiveMeter(TorchDispatchMode):
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -75,13 +76,13 @@ class LiveMeter(TorchDispatchMode):
             return
         key, size = storage._cdata, storage.nbytes()
         if key not in self._references:
-            self._references[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
+            self._references[key] = weakref.ref(storage, partial(self._forget, key))
             self._sizes[key] = 0
         self.live += size - self._sizes[key]  # a storage may have been resized
         self._sizes[key] = size
         self.peak = max(self.peak, self.live)
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: Any) -> None:
         del self._references[key]
         self.live -= self._sizes.pop(key)
 
@@ -150,7 +151,7 @@ def saved_bytes(function: Callable[[], object], exclude: Iterable[Tensor] = ()) 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function()
-    total = sum(storage.nbytes() for storage in kept.values())
+    total: int = sum(storage.nbytes() for storage in kept.values())
     del result
     return total
 
@@ -163,22 +164,21 @@ def _is_parameter(tensor: Tensor) -> bool:
 # -- FLOPs -----------------------------------------------------------------------------------------
 
 
-def _product_flops(first: Any, second: Any) -> int:
-    """2 m k n of a (batched) matrix product."""
-    *batch, m, k = first
-    return 2 * int(torch.Size(batch).numel()) * m * k * second[-1]
+def _product_flops(first: Sequence[int], second: Sequence[int]) -> int:
+    """2 (batch) m k n of a product of the shapes (batch, m, k) and (batch, k, n)."""
+    return 2 * math.prod(first) * int(second[-1])
 
 
-def _in_place_product(_: Any, first: Any, second: Any, *args: Any, **kwargs: Any) -> int:
+def _in_place_product(_: Any, first: Sequence[int], second: Sequence[int], *args: Any, **kwargs: Any) -> int:
     return _product_flops(first, second)
 
 
-def _matrix_vector(matrix: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * matrix[0] * matrix[1]
+def _matrix_vector(matrix: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(matrix)
 
 
-def _in_place_matrix_vector(_: Any, matrix: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * matrix[0] * matrix[1]
+def _in_place_matrix_vector(_: Any, matrix: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(matrix)
 
 
 # torch's counter knows mm, addmm, bmm and baddbmm, but not their in-place forms, which hand-written backwards use.
@@ -204,15 +204,17 @@ def count_flops(function: Callable[[], object]) -> int:
 # -- resident memory -------------------------------------------------------------------------------
 
 # Runs a script as __main__ and then writes this process's peak where the parent reads it.
+# It imports nothing large itself: torch alone would be 200 MB of somebody else's peak.
 _BOOTSTRAP = """
-import json, runpy, sys
+import runpy, sys
+sys.path.insert(0, {root!r})
 target, sys.argv = sys.argv[1], sys.argv[2:]
+{measure}
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    from trimtab.bench.meters import own_peak_resident
     with open(target, "w") as file:
-        json.dump(own_peak_resident(), file)
+        file.write(str(own_peak_resident()))
 """
 
 
@@ -221,14 +223,16 @@ def own_peak_resident() -> int:
 
     On Linux this is VmHWM, not `ru_maxrss`: that one is inherited from the parent across fork and exec.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    # Self-contained, since `peak_resident` runs this source in another process.
     import resource
+    import sys
 
+    platform: str = sys.platform
+    if platform == "linux":
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if platform == "darwin" else peak * 1024
 
 
 def peak_resident(script: Sequence[str | Path]) -> tuple[int, str]:
@@ -240,8 +244,8 @@ def peak_resident(script: Sequence[str | Path]) -> tuple[int, str]:
     Raises:
         RuntimeError: the script did not end with status 0; the message holds the end of its errors.
     """
-    package_root = str(Path(__file__).resolve().parents[2])
-    boot = f"import sys; sys.path.insert(0, {package_root!r})\n{_BOOTSTRAP}"
+    root = str(Path(__file__).resolve().parents[2])
+    boot = _BOOTSTRAP.format(root=root, measure=inspect.getsource(own_peak_resident))
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "peak.json"
         done = subprocess.run(
@@ -249,4 +253,4 @@ def peak_resident(script: Sequence[str | Path]) -> tuple[int, str]:
         )
         if done.returncode != 0:
             raise RuntimeError(f"{script[0]} ended with status {done.returncode}: {done.stderr[-2000:]}")
-        return int(json.loads(target.read_text())), done.stdout
+        return int(target.read_text()), done.stdout

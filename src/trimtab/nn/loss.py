@@ -83,7 +83,9 @@ def linear_cross_entropy(
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])  # (T, d)
     inputs = (flat_hidden, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        result: Tensor = _LinearCrossEntropy.apply(*inputs, flat_labels, scored, head, reduction)
+        result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            *inputs, flat_labels, scored, head, reduction
+        )
     else:
         losses = _run(*inputs, flat_labels, scored, head, None, (False, False, False)).losses
         result = _reduce(losses, flat_labels, scored, reduction)
@@ -136,8 +138,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return _reduce(outcome.losses, labels, scored, reduction)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: a gradient penalty would silently be constant
+            raise RuntimeError("linear_cross_entropy has first derivatives only; backward with create_graph=False")
         wanted = tuple(ctx.needs_input_grad[:3])
         if ctx.ready is not None:
             # The buffers are given away (autograd takes them as .grad without a copy), so they serve once.
