@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from trimtab.bench.runner import interleave
+from trimtab.bench.runner import circumstances, interleave, markdown_table
 
 
 class Machine:
@@ -46,3 +47,22 @@ def test_nothing_to_time_is_an_error(programs: dict[str, Callable[[], object]], 
     """No program, no round, or a negative warm-up is a ValueError."""
     with pytest.raises(ValueError, match="at least"):
         interleave(programs, rounds=rounds, warmup=warmup)
+
+
+def test_circumstances_name_what_a_figure_depends_on() -> None:
+    """The line holds torch's version, the threads and the command."""
+    line = circumstances()
+    assert f"torch {torch.__version__}, {torch.get_num_threads()} threads" in line
+    assert "`python " in line
+    assert "\n" not in line
+
+
+def test_markdown_table_is_aligned() -> None:
+    """The first column is left-aligned, the others right-aligned, and all lines are of one length."""
+    table = markdown_table(["row", "x"], [["a", "1.25"], ["long name", "2"]]).splitlines()
+    assert table == [
+        "| row       |    x |",
+        "|-----------|-----:|",
+        "| a         | 1.25 |",
+        "| long name |    2 |",
+    ]

@@ -1,10 +1,18 @@
-"""Times several programs in one run, interleaved, so that a slow minute of the machine hits all of them."""
+"""Times several programs in one run, interleaved, so that a slow minute of the machine hits all of them.
+
+Beside it, what every printed table needs: the date, the machine and the command.
+"""
 
 from __future__ import annotations
 
+import platform
+import shlex
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -67,3 +75,34 @@ def interleave(
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def circumstances() -> str:
+    """One line: the date, the machine, torch, the threads, and the command that was run."""
+    return (
+        f"{date.today().isoformat()}; {_processor()}; torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"`python {shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}`"
+    )
+
+
+def _processor() -> str:
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        name = next((value.strip() for key, value in fields.items() if key.strip() == "model name"), name)
+    capability = torch.backends.cpu.get_cpu_capability()
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name} ({capability}{device})"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table with aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return f"| {' | '.join((first[0].ljust(first[1]), *(cell.rjust(w) for cell, w in others)))} |"
+
+    rule = "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
+    return "\n".join((line(header), f"|{rule}|", *map(line, rows)))
