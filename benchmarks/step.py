@@ -3,6 +3,7 @@
     python benchmarks/step.py                 # some minutes on 2 cores
     python benchmarks/step.py --quick         # a toy shape, to see that it runs
     python benchmarks/step.py --profile       # also: what the time of each row is spent on
+    python benchmarks/step.py --cpu-time      # CPU seconds of one thread: for a machine that others use, too
 
 Hidden 768, 12 layers, 12 heads, intermediate 2048, V = 32,000; batch 8 x 256 random tokens, bf16, AdamW
 (fused), every row from the same bf16 model. Adapters sit on q, k, v, o, gate, up and down.
@@ -23,6 +24,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,19 +186,21 @@ def random_batch(shape: Shape) -> Batch:
 
 def costs_apart(name: str, quick: bool) -> Costs:
     """The costs of a row, measured in a process of its own."""
+    print(f"measuring the costs of {name}", file=sys.stderr)
     _, printed = peak_resident([Path(__file__).resolve(), "--row", name, *(["--quick"] if quick else [])])
     return Costs(**json.loads(printed.splitlines()[-1]))
 
 
-def measure_times(names: list[str], shape: Shape, rounds: int) -> Timings:
+def measure_times(names: list[str], shape: Shape, rounds: int, clock: Callable[[], float]) -> Timings:
     """All rows in one process, interleaved; a restart follows the ReLoRA row's step."""
+    print(f"timing {rounds} rounds after a warm-up", file=sys.stderr)
     programs: dict[str, Callable[[], object]] = {}
     for name in names:
         row = Row(name, shape)
         programs[name] = row.step
         if name == RELORA:
             programs[RESTART] = row.restart
-    return interleave(programs, rounds=rounds)
+    return interleave(programs, rounds=rounds, clock=clock)
 
 
 def cost_table(costs: dict[str, Costs], times: Timings) -> str:
@@ -260,6 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="; ".join(ROWS))
     parser.add_argument("--profile", action="store_true", help="also print what each row's time is spent on")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of one thread instead of wall time")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     shape = QUICK if options.quick else Shape()
@@ -267,7 +273,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(asdict(Row(options.row, shape).costs())))
         return
     costs = {name: costs_apart(name, options.quick) for name in options.rows}
-    times = measure_times(options.rows, shape, 1 if options.quick else options.rounds)
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    times = measure_times(options.rows, shape, 1 if options.quick else options.rounds, clock)
     print(f"{shape}; {circumstances()}\n")
     print(cost_table(costs, times))
     if RELORA in options.rows:

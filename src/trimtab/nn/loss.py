@@ -13,8 +13,9 @@ Gradients of "mean" and "sum" are formed in the forward, chunk by chunk, so that
 once; the backward multiplies them by the incoming gradient. What is notable:
 
 * One buffer of c x V in hidden's dtype holds a chunk's logits and then, in place, their gradient.
-* Softmax runs in fp32 over blocks of rows that fit a CPU's cache. At V = 32,000 in bf16 on 2 cores it
-  costs 5 % of the three matrix products; over whole chunks, through main memory, it costs twice that.
+* Softmax runs in fp32 over blocks of rows that fit a CPU's cache: at 4096 tokens x 32,000 words x 768 in
+  bf16 on 2 cores (AMD EPYC, AVX512-BF16) a call takes 1.65 s, over whole chunks 1.78 s, and the matrix
+  products alone 1.5 s. The scratch is two such blocks, 8 MiB.
 * W's gradient is accumulated in fp32 over blocks of words: a mixed-dtype `add_` on the whole (V, d)
   matrix makes a hidden fp32 copy of it and takes as long as the matrix product itself.
 * The matrix product rounds its result to hidden's dtype, as the model's own head does; all that
