@@ -198,7 +198,7 @@ def test_ignored_tokens_cost_no_matrix_product() -> None:
         assert flops(hidden, weight, labels) == product
 
 
-def peak(dtype: torch.dtype, weight: Tensor, hidden: Tensor, labels: Tensor, **options: Any) -> int:
+def peak(weight: Tensor, hidden: Tensor, labels: Tensor, **options: Any) -> int:
     """Live bytes above the inputs during one forward and backward of the chunked loss."""
 
     def run() -> None:
@@ -224,7 +224,7 @@ def test_peak_is_at_most_a_quarter_of_the_plain_loss(monkeypatch: pytest.MonkeyP
         hidden.grad = weight.grad = None
 
     reference = live_bytes(plain_step, existing=[hidden, weight, labels]).above
-    assert peak(torch.bfloat16, weight, hidden, labels, chunk=128) <= reference / 4
+    assert peak(weight, hidden, labels, chunk=128) <= reference / 4
 
 
 def test_frozen_head_has_no_gradient_buffer() -> None:
@@ -234,10 +234,10 @@ def test_frozen_head_has_no_gradient_buffer() -> None:
     weight = torch.randn(words, width)
     labels = torch.randint(0, words, (tokens,))
     head_bytes, logits_bytes = weight.nbytes, chunk * words * 4
-    assert peak(torch.float32, weight, hidden, labels, chunk=chunk) < hidden.nbytes + 3 * logits_bytes + 4096
+    assert peak(weight, hidden, labels, chunk=chunk) < hidden.nbytes + 3 * logits_bytes + 4096
     assert hidden.nbytes + 3 * logits_bytes + 4096 < head_bytes
     trained = weight.clone().requires_grad_()
-    assert peak(torch.float32, trained, hidden.detach(), labels, chunk=chunk) < head_bytes + 3 * logits_bytes + 4096
+    assert peak(trained, hidden.detach(), labels, chunk=chunk) < head_bytes + 3 * logits_bytes + 4096
 
 
 def test_no_gradient_work_under_no_grad() -> None:
@@ -247,7 +247,7 @@ def test_no_gradient_work_under_no_grad() -> None:
     weight = torch.randn(words, width, requires_grad=True)
     labels = torch.randint(0, words, (tokens,))
     with torch.no_grad():
-        used = peak(torch.float32, weight, hidden, labels, chunk=chunk)
+        used = peak(weight, hidden, labels, chunk=chunk)
     assert used < 2 * chunk * words * 4 + 8 * tokens * 8
 
 
