@@ -1,0 +1,290 @@
+"""One training step: full training, `peft` LoRA and Trimtab, on the shape of LLaMA-130M.
+
+    python benchmarks/step.py                 # some minutes on 2 cores
+    python benchmarks/step.py --quick         # a toy shape, to see that it runs
+    python benchmarks/step.py --profile       # also: what the time of each row is spent on
+    python benchmarks/step.py --cpu-time      # CPU seconds of one thread: for a machine that others use, too
+
+Hidden 768, 12 layers, 12 heads, intermediate 2048, V = 32,000; batch 8 x 256 random tokens, bf16, AdamW
+(fused), every row from the same bf16 model. Adapters sit on q, k, v, o, gate, up and down.
+
+* "full, plain PyTorch": bf16 weights and moments, the model's own loss. The usual baseline, and no
+  recommendation: in bf16 most of a small update is rounded away.
+* "peft LoRA": `peft.LoraConfig` with its defaults, the model's own loss; embeddings, norms and head frozen.
+* "trimtab ...": what trains is held in fp32; the loss is the chunked one. LoRA freezes the rest, as
+  peft does; ReLoRA trains embeddings, norms and head, too.
+
+Times come from one process, interleaved (A B C A B C; medians, and medians of the ratios within a round).
+Peak live bytes, FLOPs and peak resident memory come from a process for each row. Peak live bytes are all
+tensors of the row: weights, gradients, optimizer state, activations. Resident memory holds the interpreter
+and its libraries as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import trimtab
+from trimtab.bench.meters import count_flops, live_bytes, own_peak_resident, peak_resident
+from trimtab.bench.runner import Timings, circumstances, interleave, markdown_table
+from trimtab.config import OptimConfig
+from trimtab.optim.build import build_optimizer
+from trimtab.train.objective import Objective
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RATE = 1e-4
+FULL, TRIMTAB_FULL, RELORA = "full, plain PyTorch", "trimtab full", "trimtab ReLoRA r=128"
+PEFT = {rank: f"peft LoRA r={rank}" for rank in (8, 128)}
+LORA = {rank: f"trimtab LoRA r={rank}" for rank in (8, 128)}
+RANK = {row: rank for rows in (PEFT, LORA) for rank, row in rows.items()} | {RELORA: 128}
+ROWS = (FULL, TRIMTAB_FULL, PEFT[8], LORA[8], PEFT[128], LORA[128], RELORA)
+RESTART = "one restart"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model and the batch of a run."""
+
+    hidden: int = 768
+    intermediate: int = 2048
+    layers: int = 12
+    heads: int = 12
+    words: int = 32_000
+    sequences: int = 8
+    length: int = 256
+
+
+QUICK = Shape(hidden=128, intermediate=352, layers=2, heads=2, words=500, sequences=2, length=32)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Random tokens; labels shifted, the last of each sequence not scored."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one row holds and does; resident memory aside, the same on every run."""
+
+    peak_live: int
+    resident: int
+    flops: int
+    trainable: int
+    head_trains: bool
+
+
+class Row:
+    """A model with a method and an optimizer, ready to step."""
+
+    def __init__(self, name: str, shape: Shape) -> None:
+        model = build_model(shape)
+        self.batch = random_batch(shape)
+        self.steps = 0
+        self.adapter: trimtab.Adapter | None = None
+        self.loss: Callable[[], torch.Tensor]
+        plain = name == FULL or name in PEFT.values()
+        groups = self._plain(model, name) if plain else self._trimtab(model, name)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        head = model.get_output_embeddings().weight
+        self.head_trains = any(parameter is head for parameter in self.parameters)
+        self.optimizer = build_optimizer(OptimConfig(lr=RATE), groups, "cpu")
+        model.train()
+
+    def _plain(self, model: Any, name: str) -> list[dict[str, Any]]:
+        if name != FULL:
+            import peft
+
+            model = peft.get_peft_model(model, peft.LoraConfig(r=RANK[name], target_modules=list(TARGETS)))
+        ids = self.batch.input_ids
+        self.loss = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
+        return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+
+    def _trimtab(self, model: Any, name: str) -> list[dict[str, Any]]:
+        method: trimtab.Method
+        if name == TRIMTAB_FULL:
+            method = trimtab.Full()
+        elif name == RELORA:
+            method = trimtab.ReLoRA(rank=RANK[name], targets=TARGETS, restart_every=1)
+        else:
+            method = trimtab.LoRA(rank=RANK[name], alpha=8, targets=TARGETS)
+        self.adapter = trimtab.attach(model, method, dtype=torch.bfloat16)
+        objective = Objective(model)
+        objective.check(self.batch)
+        tokens = int((self.batch.labels >= 0).sum())
+        self.loss = lambda: objective(self.batch) / tokens
+        return self.adapter.parameter_groups(lr=RATE)
+
+    def step(self) -> float:
+        """Zero, forward, backward, update."""
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.steps += 1
+        return loss.item()
+
+    def restart(self) -> None:
+        """Merge, draw anew, reset: the method restarts at every step that this is called after."""
+        assert self.adapter is not None
+        report = self.adapter.after_step(self.steps, self.optimizer)
+        assert [event["event"] for event in report.events] == ["restart"], report
+
+    def costs(self) -> Costs:
+        """Measured after two steps, so that the optimizer's state exists."""
+        for _ in range(2):
+            self.step()
+        return Costs(
+            resident=own_peak_resident(),
+            flops=count_flops(self.step),
+            peak_live=live_bytes(self.step).peak,
+            trainable=sum(parameter.numel() for parameter in self.parameters),
+            head_trains=self.head_trains,
+        )
+
+
+def build_model(shape: Shape) -> Any:
+    """A LLaMA with seeded random weights, made in bf16: no fp32 copy in anyone's resident memory."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.words,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=shape.length,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def random_batch(shape: Shape) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, shape.words, (shape.sequences, shape.length), generator=generator)
+    return Batch(ids, torch.cat((ids[:, 1:], torch.full((shape.sequences, 1), -100)), dim=1))
+
+
+def costs_apart(name: str, quick: bool) -> Costs:
+    """The costs of a row, measured in a process of its own."""
+    print(f"measuring the costs of {name}", file=sys.stderr)
+    _, printed = peak_resident([Path(__file__).resolve(), "--row", name, *(["--quick"] if quick else [])])
+    return Costs(**json.loads(printed.splitlines()[-1]))
+
+
+def measure_times(names: list[str], shape: Shape, rounds: int, clock: Callable[[], float]) -> Timings:
+    """All rows in one process, interleaved; a restart follows the ReLoRA row's step."""
+    print(f"timing {rounds} rounds after a warm-up", file=sys.stderr)
+    programs: dict[str, Callable[[], object]] = {}
+    for name in names:
+        row = Row(name, shape)
+        programs[name] = row.step
+        if name == RELORA:
+            programs[RESTART] = row.restart
+    return interleave(programs, rounds=rounds, clock=clock)
+
+
+def cost_table(costs: dict[str, Costs], times: Timings) -> str:
+    def ratio(name: str, other: str | None) -> str:
+        return f"{times.ratio(name, other):.2f}" if other in costs else "-"
+
+    lines = [
+        [
+            name,
+            f"{times.median(name):.3f}",
+            ratio(name, PEFT[RANK[name]] if name in RANK else None),
+            ratio(name, FULL),
+            f"{cost.peak_live / 2**20:.0f}",
+            f"{cost.resident / 2**20:.0f}",
+            f"{cost.flops / 1e12:.3f}",
+            f"{cost.trainable / 1e6:.2f}",
+            "yes" if cost.head_trains else "no",
+        ]
+        for name, cost in costs.items()
+    ]
+    header = ["row", "s/step", "time / peft", "time / full", "peak live MiB", "peak resident MiB"]
+    return markdown_table([*header, "TFLOP/step", "trained, M", "head trains"], lines)
+
+
+# Operators by what they are for; the rest is activations, norms, rotations, sums.
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"),
+    "attention": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+    "optimizer": ("aten::_fused_adamw_",),
+    "softmax of the loss": (
+        "aten::_log_softmax",
+        "aten::_log_softmax_backward_data",
+        "aten::_softmax",
+        "aten::amax",
+    ),
+    "copies and casts": ("aten::copy_",),
+}
+
+
+def profile_table(names: list[str], shape: Shape) -> str:
+    """Seconds of each row's own time, by kind of operator."""
+    lines = []
+    kind_of = {operator: kind for kind, operators in KINDS.items() for operator in operators}
+    for name in names:
+        row = Row(name, shape)
+        row.step()
+        with torch.profiler.profile() as recorded:
+            row.step()
+        spent = dict.fromkeys((*KINDS, "other"), 0.0)
+        for event in recorded.key_averages():
+            spent[kind_of.get(event.key, "other")] += event.self_cpu_time_total / 1e6
+        lines.append([name, *(f"{seconds:.2f}" for seconds in spent.values())])
+    return markdown_table(["row, seconds in one step", *KINDS, "other"], lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a toy shape in one round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="; ".join(ROWS))
+    parser.add_argument("--profile", action="store_true", help="also print what each row's time is spent on")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of one thread instead of wall time")
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    shape = QUICK if options.quick else Shape()
+    if options.row:
+        print(json.dumps(asdict(Row(options.row, shape).costs())))
+        return
+    costs = {name: costs_apart(name, options.quick) for name in options.rows}
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    times = measure_times(options.rows, shape, 1 if options.quick else options.rounds, clock)
+    print(f"{shape}; {circumstances()}\n")
+    print(cost_table(costs, times))
+    if RELORA in options.rows:
+        restart, share = times.median(RESTART), times.ratio(RESTART, RELORA)
+        print(f"\nOne restart of ReLoRA takes {restart:.3f} s: {share:.2f} of its training step.")
+    if options.profile:
+        print(f"\n{profile_table(options.rows, shape)}")
+
+
+if __name__ == "__main__":
+    main()
