@@ -11,9 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
+from typer.core import TyperCommand
+
+from trimtab import __version__
+from trimtab.errors import CheckpointError, ConfigError, TrimtabError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +30,7 @@ INTERRUPTED = 130
 USER_ERROR = 2
 
 # The classes of typer's errors, by way of the one that typer exports: where they live differs by version.
-_USAGE_ERROR = typer.BadParameter.__mro__[1]
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 _MANUAL = """Train large Transformers through small updates.
 
@@ -66,8 +70,8 @@ ARGUMENTS
   CONFIG.yaml        the run's configuration; it may be left out if the words give all that is
                      needed, or with --resume
   section.key=value  changes one setting, after the file: train.steps=2000, out=/scratch/runs,
-                     data.sources=[a.txt, b.txt], 'method={name: full}'. A value is YAML; quote
-                     it for your shell if it has blanks or braces.
+                     'data.sources=[a.txt, b.txt]', 'method={name: full}'. A value is YAML;
+                     quote it for your shell if it has blanks or braces.
 
 \b
 EXAMPLES
@@ -126,7 +130,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-Words = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", show_default=False)]
+# Its help stands in each command's own text, which explains the two kinds of words.
+Words = Annotated[list[str] | None, typer.Argument(hidden=True)]
+
+
+class _Command(TyperCommand):
+    """A command whose usage line names its two kinds of words."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[CONFIG.yaml]", "[section.key=value ...]", "[OPTIONS]"]
 
 
 class _Fault(Exception):
@@ -138,8 +150,6 @@ def _command(function: Callable[P, int]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        from trimtab.errors import TrimtabError
-
         try:
             status = function(*args, **kwargs)
         except KeyboardInterrupt:
@@ -173,22 +183,14 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import PackageNotFoundError
-        from importlib.metadata import version as installed
-
-        try:
-            typer.echo(f"trimtab {installed('trimtab')}")
-        except PackageNotFoundError:
-            from trimtab import __version__
-
-            typer.echo(f"trimtab {__version__}")
+        typer.echo(f"trimtab {__version__}")
         raise typer.Exit(0)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(0)
 
 
-@app.command(help=_PRETRAIN)
+@app.command(cls=_Command, help=_PRETRAIN, short_help="Pre-train a causal language model.")
 @_command
 def pretrain(
     words: Words = None,
@@ -227,10 +229,10 @@ def pretrain(
 
     for note in unused_settings(config):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    return train(config, resume=resume, console=console).exit_status
+    return int(train(config, resume=resume, console=console).exit_status)
 
 
-@app.command(help=_TOKENIZE)
+@app.command(cls=_Command, help=_TOKENIZE, short_help="Turn text into a store of tokens.")
 @_command
 def tokenize(words: Words = None) -> int:
     """Make the store; the help text above is what a user reads."""
@@ -248,8 +250,6 @@ def tokenize(words: Words = None) -> int:
 
 def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The config file, if a word names one, and the overrides."""
-    from trimtab.errors import ConfigError
-
     files = [word for word in words if "=" not in word or Path(word).is_file()]
     if len(files) > 1:
         raise ConfigError(f"command line: one config file is read, and {len(files)} are given: {', '.join(files)}")
@@ -257,7 +257,6 @@ def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _load(path: Path | None, overrides: list[str]) -> PretrainConfig:
-    from trimtab.errors import ConfigError
     from trimtab.loadconfig import load_config
 
     if path is None and not overrides:
@@ -267,8 +266,6 @@ def _load(path: Path | None, overrides: list[str]) -> PretrainConfig:
 
 def _config_of(run: Path) -> Path:
     """The configuration in a run folder."""
-    from trimtab.errors import CheckpointError
-
     path = run / "config.yaml"
     if not path.is_file():
         what = "holds no config.yaml, so it is no run folder" if run.is_dir() else "there is no such folder"
@@ -308,13 +305,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except _Fault as fault:
         status = _complain(str(fault))
     except _USAGE_ERROR as error:
-        status = _complain(f"{error.format_message()} (see trimtab --help)")  # type: ignore[attr-defined]
+        status = _complain(f"{_message(error)} (see trimtab --help)")
     except typer.Abort:
         status = INTERRUPTED
     except BrokenPipeError:
         _to_nowhere()
         status = 0
     sys.exit(status or 0)
+
+
+def _message(error: Exception) -> str:
+    """What typer says of a wrong word."""
+    return str(getattr(error, "format_message", error.__str__)()).rstrip(".")
 
 
 def _complain(text: str) -> int:

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import IO
 
 from trimtab.config import PretrainConfig
 
@@ -19,7 +19,7 @@ _SAMPLES = 64
 _GUTTER = 9  # width of "1.00e-03 "
 
 
-def terminal_width(stream: TextIO | None = None) -> int:
+def terminal_width(stream: IO[str] | None = None) -> int:
     """Columns to draw in: those of the terminal, 100 at most; 80 where there is none."""
     stream = stream or sys.stdout
     if not os.environ.get("COLUMNS") and not stream.isatty():
@@ -27,7 +27,7 @@ def terminal_width(stream: TextIO | None = None) -> int:
     return max(40, min(shutil.get_terminal_size((80, 24)).columns, 100))
 
 
-def draws_braille(stream: TextIO | None = None) -> bool:
+def draws_braille(stream: IO[str] | None = None) -> bool:
     """Whether the stream's encoding has the characters of the fine picture."""
     try:
         "⣿│└─▲┆".encode(getattr(stream or sys.stdout, "encoding", None) or "ascii")
