@@ -239,8 +239,11 @@ def tokenize(words: Words = None) -> int:
     path, overrides = _split(words or [])
     config = _load(path, overrides)
     from trimtab.data.tokens import build_store, store_folder
+    from trimtab.report.tokenbar import token_bar
 
-    store = build_store(config.data, config.seed, store_folder(config.data, config.seed, config.out))
+    folder = store_folder(config.data, config.seed, config.out)
+    with token_bar(_console()) as progress:
+        store = build_store(config.data, config.seed, folder, progress)
     typer.echo(
         f"{store.folder}: {store.train.n_tokens:,} training tokens, {store.validation.n_tokens:,} validation tokens, "
         f"vocabulary {store.tokenizer.vocab_size:,}"

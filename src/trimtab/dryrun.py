@@ -30,8 +30,9 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
     say(dump_config(config))
     for note in unused_settings(config):
         say(f"note: {note}")
-    vocab_size, note = vocabulary(config)
-    say(note)
+    vocab_size, notes = data_notes(config)
+    for note in notes:
+        say(note)
     if config.model.name not in PRESETS and not Path(config.model.name).expanduser().is_dir():
         say(f"{config.model.name} is read from the local cache alone; nothing is downloaded in a dry run")
     model = shadow_model(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len, offline=True)
@@ -49,23 +50,57 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
     say("Dry run: nothing was trained and nothing was written.")
 
 
+def data_notes(config: PretrainConfig) -> tuple[int, list[str]]:
+    """The number of words to count with, and lines on the text and the tokenizer.
+
+    Raises:
+        ConfigError: the tokenizer is a folder that is not there.
+        DataError: a local source, the tokenizer or the store is missing or damaged.
+    """
+    from trimtab.data.sources import resolve
+    from trimtab.data.store import MANIFEST, TokenStore
+    from trimtab.data.tokens import store_folder
+
+    folder = store_folder(config.data, config.seed, config.out)
+    if (folder / MANIFEST).exists():
+        store = TokenStore.open(folder, verify=False)
+        size, tokens = store.tokenizer.vocab_size, store.train.n_tokens
+        epochs = config.train.steps * config.train.batch_tokens / tokens
+        return size, [
+            f"text: {tokens:,} tokens in {folder}; the run reads them {epochs:.2f} times",
+            f"vocabulary: {size:,}",
+        ]
+    local = tuple(source for source in config.data.sources if isinstance(source, str))
+    held_out = tuple(source for source in config.data.validation_sources if isinstance(source, str))
+    files = resolve(config.data.model_copy(update={"sources": local, "validation_sources": held_out}))
+    names = [
+        source.dataset
+        for source in (*config.data.sources, *config.data.validation_sources)
+        if not isinstance(source, str)
+    ]
+    parts = [f"{len(files):,} files, {sum(file.size or 0 for file in files) / 1e6:,.1f} MB"] if files else []
+    parts += [f"the dataset {name} (not looked at)" for name in dict.fromkeys(names)]
+    size, note = vocabulary(config)
+    return size, [f"text: {' and '.join(parts)}, to be tokenized into {folder}", note]
+
+
 def vocabulary(config: PretrainConfig) -> tuple[int, str]:
-    """The number of words to count with, and a line that says where it comes from."""
+    """The number of words of the tokenizer that will be used, and a line that says where it comes from."""
     tokenizer = config.data.tokenizer
     if tokenizer.path is None:
         assert tokenizer.bpe_vocab_size is not None
-        size = tokenizer.bpe_vocab_size
-        return size, f"vocabulary: {size:,} words, a BPE to be trained on the text"
+        return tokenizer.bpe_vocab_size, f"vocabulary: {tokenizer.bpe_vocab_size:,}, a BPE to be trained on the text"
     folder = Path(tokenizer.path).expanduser()
     if folder.exists():
         from trimtab.data.tokenizer import load_tokenizer
 
         size = load_tokenizer(tokenizer.path).vocab_size
-        return size, f"vocabulary: {size:,} words, from {folder}"
+        return size, f"vocabulary: {size:,}, from {folder}"
     if tokenizer.path.startswith(("/", ".", "~")) or tokenizer.path.count("/") > 1:
         raise ConfigError(f"data.tokenizer.path: there is no folder {tokenizer.path}")
-    size = PAPER_VOCABULARY
-    return size, (f"vocabulary: {size:,} words, assumed: {tokenizer.path} is a hub's, and a dry run downloads nothing")
+    return PAPER_VOCABULARY, (
+        f"vocabulary: {PAPER_VOCABULARY:,} is assumed: {tokenizer.path} is on a hub, and a dry run downloads nothing"
+    )
 
 
 def batch_line(config: PretrainConfig) -> str:
