@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from trimtab.config import Misfit, PretrainConfig
-from trimtab.methods import registry
+from trimtab.methods import Method, registry
 
 Key = tuple[str | int, ...]
 Tree = dict[str, Any]
@@ -50,6 +50,21 @@ class Origins:
 def section_model(annotation: Any) -> type[BaseModel] | None:
     """The settings class of a field that is a section of its own."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def field_section(annotation: Any, value: Any) -> type[BaseModel] | None:
+    """The settings class that a section's value will be read by; for a method, by its name."""
+    kind = section_model(annotation)
+    if kind is Method:
+        return registry().get(str(value.get("name"))) if isinstance(value, dict) else None
+    return kind
+
+
+def annotation_parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and everything in its brackets."""
+    yield annotation
+    for arg in get_args(annotation):
+        yield from annotation_parts(arg)
 
 
 def describe(error: ValidationError, tree: Tree, origins: Origins) -> str:
@@ -145,15 +160,9 @@ def _fields_at(key: Key, tree: Tree) -> list[str]:
         if part == "method" and annotation is not None:
             model = registry()[tree["method"]["name"]]
             continue
-        kinds = [kind for kind in map(section_model, (annotation, *_all_args(annotation))) if kind is not None]
+        kinds = [kind for kind in map(section_model, annotation_parts(annotation)) if kind is not None]
         model = kinds[0]
     return list(model.model_fields)
-
-
-def _all_args(annotation: Any) -> Iterator[Any]:
-    for arg in get_args(annotation):
-        yield arg
-        yield from _all_args(arg)
 
 
 def _is_other_branch(detail: ErrorDetails, tree: Tree) -> bool:

@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from trimtab.config import PretrainConfig
-from trimtab.errors import ConfigError
+from trimtab.data.tokens import store_folder
 from trimtab.loadconfig import dump_config, unused_settings
-from trimtab.models.load import shadow_model
 from trimtab.models.presets import PAPER_VOCABULARY, PRESETS
+from trimtab.preflight import complete_store, known_vocabulary, local_inputs, shadow
 from trimtab.report.terminal import draws_braille, schedule_picture, terminal_width
 from trimtab.train.memory import predict_phases
 from trimtab.train.run import DTYPES, phase_table
@@ -35,7 +35,7 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
         say(note)
     if config.model.name not in PRESETS and not Path(config.model.name).expanduser().is_dir():
         say(f"{config.model.name} is read from the local cache alone; nothing is downloaded in a dry run")
-    model = shadow_model(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len, offline=True)
+    model = shadow(config, vocab_size, offline=True)
     phases = predict_phases(model, config.method, config.optim, dtype=DTYPES[config.dtype], pure=config.pure)
     say()
     console.print(phase_table(phases))
@@ -50,57 +50,35 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
     say("Dry run: nothing was trained and nothing was written.")
 
 
-def data_notes(config: PretrainConfig) -> tuple[int, list[str]]:
-    """The number of words to count with, and lines on the text and the tokenizer.
+def data_notes(config: PretrainConfig) -> tuple[int | None, list[str]]:
+    """The number of words, if it is known, and lines on the text and the tokenizer.
 
     Raises:
         ConfigError: the tokenizer is a folder that is not there.
         DataError: a local source, the tokenizer or the store is missing or damaged.
     """
-    from trimtab.data.sources import resolve
-    from trimtab.data.store import MANIFEST, TokenStore
-    from trimtab.data.tokens import store_folder
-
-    folder = store_folder(config.data, config.seed, config.out)
-    if (folder / MANIFEST).exists():
-        store = TokenStore.open(folder, verify=False)
+    store = complete_store(config)
+    if store is not None:
         size, tokens = store.tokenizer.vocab_size, store.train.n_tokens
         epochs = config.train.steps * config.train.batch_tokens / tokens
-        return size, [
-            f"text: {tokens:,} tokens in {folder}; the run reads them {epochs:.2f} times",
-            f"vocabulary: {size:,}",
-        ]
-    local = tuple(source for source in config.data.sources if isinstance(source, str))
-    held_out = tuple(source for source in config.data.validation_sources if isinstance(source, str))
-    files = resolve(config.data.model_copy(update={"sources": local, "validation_sources": held_out}))
-    names = [
-        source.dataset
-        for source in (*config.data.sources, *config.data.validation_sources)
-        if not isinstance(source, str)
-    ]
-    parts = [f"{len(files):,} files, {sum(file.size or 0 for file in files) / 1e6:,.1f} MB"] if files else []
-    parts += [f"the dataset {name} (not looked at)" for name in dict.fromkeys(names)]
-    size, note = vocabulary(config)
-    return size, [f"text: {' and '.join(parts)}, to be tokenized into {folder}", note]
-
-
-def vocabulary(config: PretrainConfig) -> tuple[int, str]:
-    """The number of words of the tokenizer that will be used, and a line that says where it comes from."""
-    tokenizer = config.data.tokenizer
-    if tokenizer.path is None:
-        assert tokenizer.bpe_vocab_size is not None
-        return tokenizer.bpe_vocab_size, f"vocabulary: {tokenizer.bpe_vocab_size:,}, a BPE to be trained on the text"
-    folder = Path(tokenizer.path).expanduser()
-    if folder.exists():
-        from trimtab.data.tokenizer import load_tokenizer
-
-        size = load_tokenizer(tokenizer.path).vocab_size
-        return size, f"vocabulary: {size:,}, from {folder}"
-    if tokenizer.path.startswith(("/", ".", "~")) or tokenizer.path.count("/") > 1:
-        raise ConfigError(f"data.tokenizer.path: there is no folder {tokenizer.path}")
-    return PAPER_VOCABULARY, (
-        f"vocabulary: {PAPER_VOCABULARY:,} is assumed: {tokenizer.path} is on a hub, and a dry run downloads nothing"
-    )
+        text = f"text: {tokens:,} tokens in {store.folder}; the run reads them {epochs:.2f} times"
+        return size, [text, f"vocabulary: {size:,}"]
+    files = local_inputs(config.data)
+    sources = (*config.data.sources, *config.data.validation_sources)
+    names = dict.fromkeys(source.dataset for source in sources if not isinstance(source, str))
+    megabytes = sum(file.size or 0 for file in files) / 1e6
+    parts = [f"{len(files):,} file{'s' * (len(files) > 1)} of {megabytes:,.1f} MB"] if files else []
+    parts += [f"the dataset {name} (not looked at)" for name in names]
+    folder = store_folder(config.data, config.seed, config.out)
+    text = f"text: {' and '.join(parts)}, to be tokenized into {folder}"
+    vocab_size, path = known_vocabulary(config), config.data.tokenizer.path
+    if vocab_size is None:
+        note = f"vocabulary: {PAPER_VOCABULARY:,} is assumed: {path} is on a hub, and a dry run downloads nothing"
+    elif path is None:
+        note = f"vocabulary: {vocab_size:,}, a BPE to be trained on the text"
+    else:
+        note = f"vocabulary: {vocab_size:,}, from {path}"
+    return vocab_size, [text, note]
 
 
 def batch_line(config: PretrainConfig) -> str:

@@ -8,21 +8,34 @@ two versions differ: `no` and `on` are words, `1e-3` is a number, a date is a wo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.resolver import BaseResolver
 
 from trimtab.config import PretrainConfig
-from trimtab.configerrors import Key, Origins, Tree, describe, dotted, one_line, section_model, shown
+from trimtab.configerrors import (
+    Key,
+    Origins,
+    Tree,
+    annotation_parts,
+    describe,
+    dotted,
+    field_section,
+    one_line,
+    section_model,
+    shown,
+)
 from trimtab.errors import ConfigError
 
 _FLOAT = re.compile(
     r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|nan))$"
 )
 _INT = re.compile(r"[-+]?(0|[1-9][\d_]*)$")
+_PLAIN_TAGS = (BaseResolver.DEFAULT_SEQUENCE_TAG, BaseResolver.DEFAULT_MAPPING_TAG)
 _RULES = (
     ("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
     ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -71,19 +84,25 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> PretrainCon
     for word in overrides:
         _apply(tree, word, origins)
     _empty_sections(tree, PretrainConfig)
+    for key, value in _switches_as_numbers(tree, PretrainConfig):
+        raise ConfigError(f"{origins.of(key)}: {dotted(key)}: {shown(value)} is not a number")
     try:
-        config = PretrainConfig.model_validate(tree)
+        return PretrainConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(describe(error, tree, origins)) from None
-    for key, value in _switches_as_numbers(tree, config):
-        raise ConfigError(f"{origins.of(key)}: {dotted(key)}: {shown(value)} is not a number")
-    return config
 
 
 def dump_config(config: PretrainConfig) -> str:
     """The whole tree as YAML, defaults included, which `load_config` reads back to an equal config."""
     tree = config.model_dump(mode="json")
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=100)
+    for plain in (True, False):
+        text = yaml.dump(
+            tree, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=plain, width=100
+        )
+        if _parse(text, "config", None) == tree:
+            return text
+    # The dumper does not quote every rare line separator, so the first way is tried; the second escapes them all.
+    raise ConfigError("a setting holds characters that YAML cannot hold")
 
 
 def unused_settings(config: PretrainConfig) -> list[str]:
@@ -158,6 +177,8 @@ def _parse(text: str, where: str, origins: Origins | None) -> Any:
 
 
 def _build(loader: _Loader, node: yaml.Node, key: Key, where: str, origins: Origins | None) -> Any:
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
+        raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not read here", problem_mark=node.start_mark)
     if isinstance(node, yaml.SequenceNode):
         items = []
         for index, item in enumerate(node.value):
@@ -219,10 +240,12 @@ def _required_sections() -> str:
     return ", ".join(name for name, field in PretrainConfig.model_fields.items() if field.is_required())
 
 
-def _switches_as_numbers(raw: Any, value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Leaves written as true or false that pydantic took for 1 or 0."""
-    if isinstance(raw, bool) and not isinstance(value, bool):
-        yield key, raw
-    elif isinstance(raw, Mapping):
-        for name, item in raw.items():
-            yield from _switches_as_numbers(item, getattr(value, name, item), (*key, name))
+def _switches_as_numbers(section: Tree, model: type[BaseModel], key: Key = ()) -> Iterator[tuple[Key, bool]]:
+    """Where true or false stands in the place of a number, for which pydantic would take 1 or 0."""
+    for name, field in model.model_fields.items():
+        value = section.get(name)
+        below = field_section(field.annotation, value)
+        if below is not None and isinstance(value, dict):
+            yield from _switches_as_numbers(value, below, (*key, name))
+        elif isinstance(value, bool) and {int, float} & set(annotation_parts(field.annotation)):
+            yield (*key, name), value

@@ -61,7 +61,7 @@ def build_model(
         model = _load(config.name)
         _check_causal(config.name, model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     return model
 
 
@@ -87,6 +87,15 @@ def shadow_model(config: ModelConfig, *, vocab_size: int, seq_len: int, offline:
             return AutoModelForCausalLM.from_config(hf, trust_remote_code=False)
     except ValueError as error:
         raise _not_causal(config.name, hf, error) from None
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Keep a block's input alone, and compute the block again in the backward pass."""
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # what later releases of transformers 5 call it
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
 def draw_weights(model: nn.Module, seed: int, std: float = 0.02) -> None:

@@ -60,14 +60,16 @@ def schedule_picture(config: PretrainConfig, *, width: int = 80, height: int = 1
         marks[min(step * len(marks) // config.train.steps, len(marks) - 1)] = sign
     legend = []
     if switch:
-        legend.append(f"{dashes} the warm start ends (step {switch:,})")
+        legend.append(f"{dashes} end of the warm start (step {switch:,})")
     if restarts:
         legend.append(f"{triangle} restart ({len(restarts)})")
     if legend:
         lines.append((" " * (_GUTTER + 1) + "".join(marks)).rstrip())
     lines.append(_ends("0", f"step {config.train.steps:,}", width))
     if legend:
-        lines.append(" " * (_GUTTER + 1) + "   ".join(legend))
+        room = width - _GUTTER - 1
+        apart = ["   ".join(legend)] if len("   ".join(legend)) <= room else legend
+        lines += [" " * (_GUTTER + 1) + part for part in apart]
     return "\n".join(lines)
 
 

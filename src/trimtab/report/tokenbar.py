@@ -40,10 +40,9 @@ def token_bar(console: Console) -> Iterator[Callable[[Report], None]]:
             for task in tasks.values():  # the stages follow each other
                 bars.update(task, total=bars.tasks[task].completed or 1, completed=bars.tasks[task].completed or 1)
             tasks[report.stage] = bars.add_task(_STAGES[report.stage], counts="")
-        if report.total_tokens is not None and report.stage == "tokenize":
-            done, total = report.tokens, report.total_tokens
-        else:
-            done, total = report.bytes, report.total_bytes
+        by_tokens = report.stage == "tokenize" and report.total_tokens is not None
+        done = report.tokens if by_tokens else report.bytes
+        total = report.total_tokens if by_tokens else report.total_bytes
         counts = f"{report.documents:,} documents, {report.tokens:,} tokens"
         bars.update(tasks[report.stage], completed=done, total=total, counts=counts)
 
