@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -305,6 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the words after the program's name; None takes those of the process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without a character shows its number; nothing breaks
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name="trimtab", standalone_mode=False)
         sys.stdout.flush()

@@ -153,7 +153,7 @@ class PretrainConfig(Settings):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     out: Path = Path("runs")
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16"] = "bf16"
     pure: bool = False
@@ -171,6 +171,8 @@ class PretrainConfig(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:
         """What no section can see alone. A wrong pair is refused here, before any work is done."""
+        if self.name == "tokens":
+            raise Misfit("name", "'tokens' is the folder of the token stores beside the runs; take another name")
         train, method, seq_len = self.train, self.method, self.data.seq_len
         sequences, rest = divmod(train.batch_tokens, seq_len)
         if rest or not sequences:

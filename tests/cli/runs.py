@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+import trimtab
 from trimtab.cli import main
 
 CONFIG = """\
@@ -51,6 +53,11 @@ def write_project(folder: Path, config: str = CONFIG) -> Path:
     path = folder / "run.yaml"
     path.write_text(config)
     return path
+
+
+def environment() -> dict[str, str]:
+    """Of a process in which trimtab is importable."""
+    return {**os.environ, "PYTHONPATH": str(Path(trimtab.__file__).parents[1])}
 
 
 def files_in(folder: Path) -> set[str]:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import CONFIG, files_in, run, write_project
+from runs import CONFIG, environment, files_in, run, write_project
 from test_loadconfig import FILES, MISTAKES
 
 import trimtab
@@ -173,10 +172,6 @@ def test_help_does_not_wait_for_torch() -> None:
         "except SystemExit: sys.exit(len({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True).returncode == 0
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(trimtab.__file__).parents[1])}
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from runs import files_in, run, write_project
+from runs import CONFIG, environment, files_in, run, write_project
 
 from trimtab.dryrun import restart_line
 
@@ -69,6 +71,19 @@ def test_settings_without_effect_are_told(project: Path, capsys: pytest.CaptureF
     """A note names them."""
     out = run(capsys, "pretrain", "run.yaml", "--dry-run", "optim.warm_start_lr=1e-3").out
     assert "note: optim.warm_start_lr has no effect: the method has no warm start" in out
+
+
+def test_a_terminal_without_braille_gets_ascii(project: Path) -> None:
+    """Where the encoding has ASCII alone, everything is said in it, names included."""
+    write_project(project, CONFIG.replace("text.jsonl", "données.jsonl"))
+    (project / "text.jsonl").rename(project / "données.jsonl")
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab.cli", "pretrain", "run.yaml", "--dry-run"],
+        env={**environment(), "PYTHONIOENCODING": "ascii"}, capture_output=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii()
+    assert b"restart (3)" in done.stdout
 
 
 def test_a_long_list_of_restarts_is_cut() -> None:
