@@ -1,18 +1,25 @@
-"""Trimtab: train large Transformers through small updates."""
+"""Trimtab: train large Transformers through small updates.
 
-from trimtab.errors import (
-    CannotDetach,
-    CannotMerge,
-    CannotSave,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    NonFiniteError,
-    TargetError,
-    TrimtabError,
-)
-from trimtab.methods import Adapter, Full, LoRA, Method, ReLoRA, StepReport, attach, load_adapter
-from trimtab.optim.schedule import Schedule
+The names below are imported when they are first used: `trimtab --help` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.errors import (
+        CannotDetach,
+        CannotMerge,
+        CannotSave,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        NonFiniteError,
+        TargetError,
+        TrimtabError,
+    )
+    from trimtab.methods import Adapter, Full, LoRA, Method, ReLoRA, StepReport, attach, load_adapter
+    from trimtab.optim.schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -36,3 +43,21 @@ __all__ = [
     "attach",
     "load_adapter",
 ]
+
+_HOMES = {
+    "trimtab.methods": ("Adapter", "Full", "LoRA", "Method", "ReLoRA", "StepReport", "attach", "load_adapter"),
+    "trimtab.optim.schedule": ("Schedule",),
+}
+#: Where each public name lives; what is not listed is an error class.
+_HOME = dict.fromkeys(__all__, "trimtab.errors") | {n: home for home, names in _HOMES.items() for n in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,8 @@
-"""The whole configuration tree of a pre-training run, and how it is read.
+"""The whole configuration tree of a pre-training run.
 
-One strict tree: an unknown key is an error that names its nearest neighbour, and a value error names
-the file and the key. Methods come in through their registry, as a union by `method.name`.
+One strict tree: an unknown key is an error, a pair of settings that cannot work together is one, too.
+Methods come in through their registry, as a union by `method.name`. `trimtab.loadconfig` reads the
+tree from a file and the command line.
 """
 
 from __future__ import annotations
@@ -9,13 +10,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from trimtab.errors import ConfigError
 from trimtab.methods import MethodField
+from trimtab.optim.schedule import Schedule
 from trimtab.settings import Settings
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Misfit(ConfigError):
+    """A setting that is right by itself and wrong beside another; `key` is its dotted name below the section."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}")
+        self.key = key
+        self.message = message
 
 
 class HubSource(Settings):
@@ -32,6 +44,16 @@ class TokenizerConfig(Settings):
 
     path: str | None = None
     bpe_vocab_size: Annotated[int, Field(ge=257)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizerConfig:
+        if self.path is None and self.bpe_vocab_size is None:
+            raise Misfit("path", "give a tokenizer's folder or name here, or bpe_vocab_size to train one on the text")
+        if self.path is not None and self.bpe_vocab_size is not None:
+            raise Misfit(
+                "path", f"{self.path!r} and bpe_vocab_size = {self.bpe_vocab_size} exclude each other; set one to null"
+            )
+        return self
 
 
 class DataConfig(Settings):
@@ -131,7 +153,7 @@ class PretrainConfig(Settings):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     out: Path = Path("runs")
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16"] = "bf16"
     pure: bool = False
@@ -145,3 +167,73 @@ class PretrainConfig(Settings):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PretrainConfig:
+        """What no section can see alone. A wrong pair is refused here, before any work is done."""
+        if self.name == "tokens":
+            raise Misfit("name", "'tokens' is the folder of the token stores beside the runs; take another name")
+        train, method, seq_len = self.train, self.method, self.data.seq_len
+        sequences, rest = divmod(train.batch_tokens, seq_len)
+        if rest or not sequences:
+            whole = " or ".join(str(n * seq_len) for n in (sequences, sequences + 1) if n)
+            raise Misfit(
+                "train.batch_tokens",
+                f"{train.batch_tokens} is not a multiple of data.seq_len = {seq_len}; the nearest is {whole}",
+            )
+        if train.micro_batch is not None and sequences % train.micro_batch:
+            fits = [n for n in range(1, sequences + 1) if sequences % n == 0]
+            near = min(fits, key=lambda n: abs(n - (train.micro_batch or 1)))
+            raise Misfit(
+                "train.micro_batch",
+                f"{train.micro_batch} does not divide the {sequences} sequences of a step "
+                f"(train.batch_tokens / data.seq_len); the nearest that does is {near}",
+            )
+        if train.stop_at is not None and train.stop_at > train.steps:
+            raise Misfit("train.stop_at", f"{train.stop_at} lies beyond train.steps = {train.steps}")
+        if method.switch_step >= train.steps:
+            raise Misfit(
+                "method.warm_start_steps",
+                f"{method.switch_step} leaves nothing of train.steps = {train.steps} for the adapter",
+            )
+        if "restart_every" in type(method).model_fields and not self.restarts():
+            adapted = train.steps - method.switch_step
+            room = adapted - max(self.schedule.rewarm_steps, 1)
+            raise Misfit(
+                "method.restart_every",
+                f"{getattr(method, 'restart_every', None)} is longer than the run: no restart would fit into its "
+                f"{adapted} adapted step{'s' * (adapted > 1)}; "
+                + (f"at most {room} would" if room > 0 else "raise train.steps"),
+            )
+        self.multiplier()
+        return self
+
+    def restarts(self) -> tuple[int, ...]:
+        """The completed-step counts after which the method restarts."""
+        return self.method.restarts(self.train.steps, self.schedule.rewarm_steps)
+
+    def multiplier(self) -> Schedule:
+        """The learning rate's multiplier of this run, from the same list of restarts that the method follows.
+
+        Raises:
+            Misfit: a warm-up or re-warm is longer than the stretch that it opens.
+        """
+        try:
+            return Schedule(
+                total_steps=self.train.steps,
+                shape=self.schedule.shape,
+                warmup_steps=self.schedule.warmup_steps,
+                floor=self.schedule.floor,
+                warm_start_steps=self.method.switch_step,
+                after_warm_start=self.schedule.after_warm_start,
+                restarts=self.restarts(),
+                rewarm_steps=self.schedule.rewarm_steps,
+                reference=self.schedule.reference,
+            )
+        except ConfigError as error:
+            # The schedule speaks of its own arguments; two of them are keys of this tree.
+            text = str(error)
+            for key in ("warmup_steps", "rewarm_steps"):
+                if text.startswith(f"{key} = "):
+                    raise Misfit(f"schedule.{key}", text.removeprefix(f"{key} = ")) from None
+            raise Misfit("schedule", text) from None

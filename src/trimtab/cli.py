@@ -1,0 +1,339 @@
+"""The command line: parse, call, print. What the commands do is done elsewhere.
+
+Heavy libraries are imported inside the commands, so that a help page comes at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+
+import typer
+from typer.core import TyperCommand
+
+from trimtab import __version__
+from trimtab.errors import CheckpointError, ConfigError, TrimtabError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trimtab.config import PretrainConfig
+
+P = ParamSpec("P")
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+# The classes of typer's errors, by way of the one that typer exports: where they live differs by version.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
+_MANUAL = """Train large Transformers through small updates.
+
+Trimtab pre-trains language models with ReLoRA (high-rank training through a sequence of low-rank
+updates, arXiv 2307.05695), with plain LoRA, or in full, and leaves a folder with a model that
+Hugging Face transformers loads and a report to look at.
+
+\b
+EXAMPLES
+  trimtab pretrain examples/demo.yaml              a small run, 3 minutes on 2 cores
+  trimtab pretrain run.yaml --dry-run              what it would be: parameters, memory, schedule
+  trimtab pretrain run.yaml optim.lr=5e-4 name=b   the same run with two settings changed
+  trimtab pretrain --resume runs/b                 go on from the newest checkpoint
+
+\b
+CONFIGURATION
+  One YAML file with the sections model, data, method, optim, schedule, train, loss, eval,
+  checkpoint and log. Words of the form section.key=value change it; their values are read as
+  YAML. A misspelt key is an error that names the nearest one. docs/config.md lists all keys.
+
+\b
+EXIT STATUS
+  0    the command did what it was asked for
+  2    something is wrong that you can mend: one line on standard error says what
+  130  Ctrl-C; pretrain writes a last checkpoint first (a second Ctrl-C leaves at once)
+  143  SIGTERM, as when a job scheduler ends a job; pretrain writes a last checkpoint first
+"""
+
+_PRETRAIN = """Pre-train a causal language model, from random weights or from a checkpoint.
+
+Text is turned into a store of tokens first, unless that is there already. Then the model trains,
+with restarts, evaluations and checkpoints as configured. At the end the update is merged into the
+weights, the merged model is evaluated and saved, and a report is written.
+
+\b
+ARGUMENTS
+  CONFIG.yaml        the run's configuration; it may be left out if the words give all that is
+                     needed, or with --resume
+  section.key=value  changes one setting, after the file: train.steps=2000, out=/scratch/runs,
+                     'data.sources=[a.txt, b.txt]', 'method={name: full}'. A value is YAML;
+                     quote it for your shell if it has blanks or braces.
+
+\b
+EXAMPLES
+  trimtab pretrain run.yaml
+  trimtab pretrain run.yaml --dry-run
+  trimtab pretrain run.yaml name=baseline 'method={name: full}'
+  trimtab pretrain run.yaml train.stop_at=1000
+  trimtab pretrain --resume runs/run
+  trimtab pretrain --resume runs/run train.steps=40000
+
+\b
+FILES
+  runs/NAME/config.yaml     the resolved configuration; it repeats the run
+  runs/NAME/metrics.jsonl   one JSON object a logged step; restarts and evaluations are events in it
+  runs/NAME/checkpoints/    the newest ones; each is written whole or not at all
+  runs/NAME/model/          the merged model and its tokenizer, for AutoModelForCausalLM
+  runs/NAME/report.html     curves, schedule, memory, spectrum of the update; needs no network
+  runs/tokens/              token stores, shared by the runs of one `out` folder
+
+\b
+EXIT STATUS
+  0    the run is complete, or stopped at train.stop_at
+  2    something is wrong that you can mend: one line on standard error says what
+  130  Ctrl-C, after a last checkpoint (a second Ctrl-C leaves at once)
+  143  SIGTERM, after a last checkpoint
+"""
+
+_TOKENIZE = """Turn text into a store of tokens, as `trimtab pretrain` does on first use.
+
+Reads the sections data and seed of a run's configuration. The store is the same, byte for byte,
+for any number of workers; after a kill the same command goes on where it stood, and a complete
+store is only checked.
+
+\b
+EXAMPLES
+  trimtab tokenize run.yaml
+  trimtab tokenize run.yaml data.workers=8 data.store=/scratch/c4
+
+\b
+FILES
+  runs/tokens/ID/  the store: tokens, a manifest with counts and checksums, and the tokenizer.
+                   ID depends on all that decides the bytes; data.store names another folder.
+
+\b
+EXIT STATUS
+  0    the store is complete
+  2    something is wrong that you can mend: one line on standard error says what
+  130  Ctrl-C; what is done so far is kept
+"""
+
+app = typer.Typer(
+    name="trimtab",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+# Its help stands in each command's own text, which explains the two kinds of words.
+Words = Annotated[list[str] | None, typer.Argument(hidden=True)]
+
+
+class _Command(TyperCommand):
+    """A command whose usage line names its two kinds of words."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[CONFIG.yaml]", "[section.key=value ...]", "[OPTIONS]"]
+
+
+class _Fault(Exception):
+    """A user's error on its way to standard error, as one line."""
+
+
+def _command(function: Callable[P, int]) -> Callable[P, None]:
+    """A command whose result is the exit status, and whose user errors are one line each."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            status = function(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except TrimtabError as error:
+            raise _Fault(str(error)) from error
+        except OSError as error:
+            # A file that a user named, or a full disk; any other is a fault of the program and shows its traceback.
+            if error.errno == errno.EPIPE or (error.filename is None and error.errno not in _DISK):
+                raise
+            where = f"{error.filename}: " if error.filename is not None else ""
+            raise _Fault(f"{where}{error.strerror or error}") from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            raise _Fault(
+                "the GPU has no memory left for this run; lower train.micro_batch, or set "
+                "model.gradient_checkpointing=true; a checkpoint, if there is one, still stands"
+            ) from error
+        raise typer.Exit(status)
+
+    return run
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+@app.callback(invoke_without_command=True, help=_MANUAL)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"trimtab {__version__}")
+        raise typer.Exit(0)
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(0)
+
+
+@app.command(cls=_Command, help=_PRETRAIN, short_help="Pre-train a causal language model.")
+@_command
+def pretrain(
+    words: Words = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the resolved config, parameters and memory, the restarts and the schedule; train and write "
+            "nothing.",
+        ),
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Go on with the run in this folder from its newest complete checkpoint, bit for bit. Without a "
+            "CONFIG.yaml its own is used.",
+        ),
+    ] = None,
+) -> int:
+    """Train; the help text above is what a user reads."""
+    from trimtab.loadconfig import unused_settings
+
+    path, overrides = _split(words or [])
+    if resume is not None and path is None:
+        path = _config_of(resume)
+    config = _load(path, overrides)
+    console = _console()
+    if dry_run:
+        from trimtab.dryrun import dry_run as show
+
+        show(config, console)
+        return 0
+    from trimtab.preflight import preflight
+    from trimtab.train.run import pretrain as train
+
+    if resume is None:
+        preflight(config)
+    for note in unused_settings(config):
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    return int(train(config, resume=resume, console=console).exit_status)
+
+
+@app.command(cls=_Command, help=_TOKENIZE, short_help="Turn text into a store of tokens.")
+@_command
+def tokenize(words: Words = None) -> int:
+    """Make the store; the help text above is what a user reads."""
+    path, overrides = _split(words or [])
+    config = _load(path, overrides)
+    from trimtab.data.tokens import build_store, store_folder
+    from trimtab.report.tokenbar import token_bar
+
+    folder = store_folder(config.data, config.seed, config.out)
+    with token_bar(_console()) as progress:
+        store = build_store(config.data, config.seed, folder, progress)
+    typer.echo(
+        f"{store.folder}: {store.train.n_tokens:,} training tokens, {store.validation.n_tokens:,} validation tokens, "
+        f"vocabulary {store.tokenizer.vocab_size:,}"
+    )
+    return 0
+
+
+def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The config file, if a word names one, and the overrides."""
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    if len(files) > 1:
+        raise ConfigError(f"command line: one config file is read, and {len(files)} are given: {', '.join(files)}")
+    return (Path(files[0]) if files else None), [word for word in words if word not in files]
+
+
+def _load(path: Path | None, overrides: list[str]) -> PretrainConfig:
+    from trimtab.loadconfig import load_config
+
+    if path is None and not overrides:
+        raise ConfigError("command line: no config file is given; try: trimtab pretrain examples/demo.yaml")
+    return load_config(path, overrides)
+
+
+def _config_of(run: Path) -> Path:
+    """The configuration in a run folder."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        what = "holds no config.yaml, so it is no run folder" if run.is_dir() else "there is no such folder"
+        raise CheckpointError(f"--resume {run}: {what}")
+    return path
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    class QuietOnBrokenPipe(Console):
+        """When nobody reads the output any more, it falls silent; a training must not end for that."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            _to_nowhere()
+
+    return QuietOnBrokenPipe()
+
+
+def _to_nowhere() -> None:
+    """Let standard output go nowhere, so that flushing it at the end cannot fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit status.
+
+    Args:
+        arguments: the words after the program's name; None takes those of the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without a character shows its number; nothing breaks
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = app(args=None if arguments is None else list(arguments), prog_name="trimtab", standalone_mode=False)
+        sys.stdout.flush()
+    except _Fault as fault:
+        status = _complain(str(fault))
+    except _USAGE_ERROR as error:
+        status = _complain(f"{_message(error)} (see trimtab --help)")
+    except typer.Abort:
+        status = INTERRUPTED
+    except BrokenPipeError:
+        _to_nowhere()
+        status = 0
+    sys.exit(status or 0)
+
+
+def _message(error: Exception) -> str:
+    """What typer says of a wrong word."""
+    return str(getattr(error, "format_message", error.__str__)()).rstrip(".")
+
+
+def _complain(text: str) -> int:
+    """One line on standard error."""
+    print(f"trimtab: {' '.join(text.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    main()

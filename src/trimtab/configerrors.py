@@ -1,0 +1,257 @@
+"""Say in one line what is wrong with a configuration: where it stands, which key, what, and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from trimtab.config import Misfit, PretrainConfig
+from trimtab.methods import Method, registry
+
+Key = tuple[str | int, ...]
+Tree = dict[str, Any]
+
+
+class Origins:
+    """Where each key was written: a line of the file, or the command line."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._places: dict[Key, str] = {}
+
+    @property
+    def default(self) -> str:
+        return "command line" if self.path is None else str(self.path)
+
+    def note_line(self, key: Key, line: int) -> None:
+        self._places[key] = f"{self.path}:{line + 1}"
+
+    def note_override(self, key: Key) -> None:
+        for known in [known for known in self._places if known[: len(key)] == key]:
+            del self._places[known]
+        self._places[key] = "command line"
+
+    def of(self, key: Key) -> str:
+        """The place of the key, or of the nearest section around it that was written at all."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self._places:
+                return self._places[key[:length]]
+        below = [place for known, place in self._places.items() if known[: len(key)] == key]
+        return below[0] if below else self.default
+
+
+def section_model(annotation: Any) -> type[BaseModel] | None:
+    """The settings class of a field that is a section of its own."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def field_section(annotation: Any, value: Any) -> type[BaseModel] | None:
+    """The settings class that a section's value will be read by; for a method, by its name."""
+    kind = section_model(annotation)
+    if kind is Method:
+        return registry().get(str(value.get("name"))) if isinstance(value, dict) else None
+    return kind
+
+
+def annotation_parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and everything in its brackets."""
+    yield annotation
+    for arg in get_args(annotation):
+        yield from annotation_parts(arg)
+
+
+def describe(error: ValidationError, tree: Tree, origins: Origins) -> str:
+    """One line: the first mistake in full, the keys of the others by name."""
+    found: dict[Key, tuple[int, str]] = {}
+    excused: set[Key] = set()
+    for detail in error.errors(include_url=False):
+        if _is_other_branch(detail, tree):
+            continue
+        key, rank, text, instead_of = _explain(detail, tree)
+        if instead_of is not None:
+            excused.add(instead_of)
+        if key not in found or rank < found[key][0]:
+            found[key] = (rank, text)
+    # A misspelt key that is required is reported once, as misspelt.
+    keys = sorted((key for key in found if key not in excused), key=lambda key: found[key][0])
+    first = keys[0]
+    more = f" (also wrong: {', '.join(dotted(key) for key in keys[1:])})" if keys[1:] else ""
+    return f"{origins.of(first)}: {dotted(first)}: {one_line(found[first][1])}{more}"
+
+
+def _explain(detail: ErrorDetails, tree: Tree) -> tuple[Key, int, str, Key | None]:
+    """Key, rank (0 comes first), text, and the key whose absence this mistake explains."""
+    kind, value = detail["type"], detail["input"]
+    context = detail.get("ctx", {})
+    key = _clean(detail["loc"])
+    if kind == "extra_forbidden":
+        text, nearest = _unknown_key(key, tree)
+        return key, 0, text, None if nearest is None else (*key[:-1], nearest)
+    if kind == "missing":
+        return key, 3, "is missing; it has no default", None
+    if kind == "value_error":
+        cause = context.get("error")
+        if isinstance(cause, Misfit):
+            return (*key, *cause.key.split(".")), 2, cause.message, None
+        text = str(cause)
+        if key == ("method",):
+            return _explain_method(tree.get("method"), text)
+        return key, 1, text, None
+    return key, 1, f"{shown(value)} {_requirement(kind, context, value)}", None
+
+
+def _explain_method(section: Any, text: str) -> tuple[Key, int, str, Key | None]:
+    names = sorted(registry())
+    if not isinstance(section, dict):
+        return ("method",), 1, f"{shown(section)} is not a section; write `method:` and below it `name: relora`", None
+    if "name" not in section:
+        return ("method", "name"), 1, f"is missing; the methods are {', '.join(names)}", None
+    if section["name"] in names:
+        return ("method",), 1, text, None
+    near = _nearest(str(section["name"]), names)
+    hint = f"did you mean {near}? " if near else ""
+    return (
+        ("method", "name"),
+        1,
+        f"no method is called {shown(section['name'])}; {hint}The methods are {', '.join(names)}",
+        None,
+    )
+
+
+def _unknown_key(key: Key, tree: Tree) -> tuple[str, str | None]:
+    """What to say of a key that its section does not have, and the key that was meant, if one is near."""
+    name, section = str(key[-1]), _fields_at(key[:-1], tree)
+    if key[0] == "method" and len(key) == 2:
+        method = tree["method"]["name"]
+        elsewhere = [other for other, cls in sorted(registry().items()) if name in cls.model_fields]
+        if elsewhere:
+            rest = {k: v for k, v in tree["method"].items() if k in section}
+            flow = yaml.safe_dump(rest, default_flow_style=True, sort_keys=False, width=10_000).strip()
+            return (
+                f"is a setting of {', '.join(elsewhere)}, and method.name is {method}; leave it out, or replace the "
+                f"whole section on the command line: 'method={flow}'",
+                None,
+            )
+    near = _nearest(name, section)
+    place = f"the method {tree['method']['name']}" if key[0] == "method" else dotted(key[:-1]) or "a config"
+    if near is not None:
+        return f"unknown key; did you mean {dotted((*key[:-1], near))}?", near
+    for outer, field in PretrainConfig.model_fields.items():
+        kind = section_model(field.annotation)
+        if kind is not None and name in kind.model_fields:
+            return f"unknown key; did you mean {outer}.{name}?", None
+    return f"unknown key; {place} has {', '.join(section)}", None
+
+
+def _fields_at(key: Key, tree: Tree) -> list[str]:
+    """The names of the keys that the section at `key` can have."""
+    model: type[BaseModel] = PretrainConfig
+    for part in key:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        if part == "method" and annotation is not None:
+            model = registry()[tree["method"]["name"]]
+            continue
+        kinds = [kind for kind in map(section_model, annotation_parts(annotation)) if kind is not None]
+        model = kinds[0]
+    return list(model.model_fields)
+
+
+def _is_other_branch(detail: ErrorDetails, tree: Tree) -> bool:
+    """Whether the mistake is only that a value is not of the *other* kind that its key may have.
+
+    Pydantic reports every member of a union, and calls a list with a wrong item too short as well.
+    """
+    value: Any = tree
+    for part in detail["loc"]:
+        if part == "str":
+            return isinstance(value, dict | list)
+        if isinstance(part, str) and (part == "HubSource" or part.startswith("tuple[")):
+            return not isinstance(value, dict | list)
+        if not isinstance(value, dict | list):
+            return False
+        value = value.get(str(part)) if isinstance(value, dict) else value[int(part)]
+    return detail["type"] == "too_short" and bool(value)
+
+
+def _clean(loc: tuple[str | int, ...]) -> Key:
+    """The key without the names of union members that pydantic puts into a location."""
+    return tuple(
+        part for part in loc if isinstance(part, int) or not (part in ("str", "HubSource") or part.startswith("tuple["))
+    )
+
+
+_TEXTS = {
+    "int_parsing": "is not a whole number",
+    "int_type": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "float_parsing": "is not a number",
+    "float_type": "is not a number",
+    "finite_number": "is not a finite number",
+    "bool_parsing": "is neither true nor false",
+    "bool_type": "is neither true nor false",
+    "path_type": "is not a path",
+    "model_type": "is not a section; it needs keys below it",
+}
+
+
+def _requirement(kind: str, context: Mapping[str, Any], value: Any) -> str:
+    """What the value should have been."""
+    if kind in _TEXTS:
+        return _TEXTS[kind]
+    if kind == "greater_than_equal":
+        return f"is too small; it must be at least {context['ge']}"
+    if kind == "greater_than":
+        return f"is too small; it must be greater than {context['gt']:g}"
+    if kind == "less_than_equal":
+        return f"is too large; it must be at most {context['le']:g}"
+    if kind == "less_than":
+        return f"is too large; it must be less than {context['lt']:g}"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        return f"is not one of {', '.join(choices)}"
+    if kind == "string_type":
+        quoted = f"; write it in quotes: '{value}'" if isinstance(value, int | float) else ""
+        return f"is not text{quoted}"
+    if kind == "tuple_type":
+        return f"is not a list; write [{value}]"
+    if kind == "too_short":
+        return f"is too short; it needs at least {context['min_length']}"
+    if kind == "string_pattern_mismatch":
+        return "may hold letters, digits, '.', '_' and '-' alone, and begins with a letter or digit"
+    return f"is not valid ({kind.replace('_', ' ')})"
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str | None:
+    folded = {choice.lower().replace("-", "_"): choice for choice in choices}
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), list(folded), n=1, cutoff=0.6)
+    return folded[near[0]] if near else None
+
+
+def dotted(key: Key) -> str:
+    """A key as a person writes it: data.sources[0].dataset."""
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def shown(value: Any) -> str:
+    """A value as it may have been written, short enough for a line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = one_line(repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(text: str) -> str:
+    """The text with each run of white space as one blank."""
+    return " ".join(text.split())

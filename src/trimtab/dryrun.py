@@ -1,0 +1,103 @@
+"""What a run would be, told before anything is paid for it: nothing is read but configs, nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from trimtab.config import PretrainConfig
+from trimtab.data.tokens import store_folder
+from trimtab.loadconfig import dump_config, unused_settings
+from trimtab.models.presets import PAPER_VOCABULARY, PRESETS
+from trimtab.preflight import complete_store, known_vocabulary, local_inputs, shadow
+from trimtab.report.terminal import draws_braille, schedule_picture, terminal_width
+from trimtab.train.memory import predict_phases
+from trimtab.train.run import DTYPES, phase_table
+
+
+def dry_run(config: PretrainConfig, console: Console) -> None:
+    """Print the resolved config, parameters and memory of each phase, the restarts and the schedule.
+
+    Raises:
+        ConfigError: the model or its fit to the method is wrong, as far as shapes show it.
+    """
+
+    def say(text: str = "") -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    config = config.model_copy(update={"method": config.method.for_pretraining(config.seed)})
+    say(dump_config(config))
+    for note in unused_settings(config):
+        say(f"note: {note}")
+    vocab_size, notes = data_notes(config)
+    for note in notes:
+        say(note)
+    if config.model.name not in PRESETS and not Path(config.model.name).expanduser().is_dir():
+        say(f"{config.model.name} is read from the local cache alone; nothing is downloaded in a dry run")
+    model = shadow(config, vocab_size, offline=True)
+    phases = predict_phases(model, config.method, config.optim, dtype=DTYPES[config.dtype], pure=config.pure)
+    say()
+    console.print(phase_table(phases))
+    if len(phases) > 1:
+        say("The peak is that of the warm start, in which everything trains.")
+    say()
+    say(batch_line(config))
+    say(restart_line(config.restarts()))
+    say()
+    say(schedule_picture(config, width=terminal_width(console.file), braille=draws_braille(console.file)))
+    say()
+    say("Dry run: nothing was trained and nothing was written.")
+
+
+def data_notes(config: PretrainConfig) -> tuple[int | None, list[str]]:
+    """The number of words, if it is known, and lines on the text and the tokenizer.
+
+    Raises:
+        ConfigError: the tokenizer is a folder that is not there.
+        DataError: a local source, the tokenizer or the store is missing or damaged.
+    """
+    store = complete_store(config)
+    if store is not None:
+        size, tokens = store.tokenizer.vocab_size, store.train.n_tokens
+        epochs = config.train.steps * config.train.batch_tokens / tokens
+        text = f"text: {tokens:,} tokens in {store.folder}; the run reads them {epochs:.2f} times"
+        return size, [text, f"vocabulary: {size:,}"]
+    files = local_inputs(config.data)
+    sources = (*config.data.sources, *config.data.validation_sources)
+    names = dict.fromkeys(source.dataset for source in sources if not isinstance(source, str))
+    megabytes = sum(file.size or 0 for file in files) / 1e6
+    parts = [f"{len(files):,} file{'s' * (len(files) > 1)} of {megabytes:,.1f} MB"] if files else []
+    parts += [f"the dataset {name} (not looked at)" for name in names]
+    folder = store_folder(config.data, config.seed, config.out)
+    text = f"text: {' and '.join(parts)}, to be tokenized into {folder}"
+    vocab_size, path = known_vocabulary(config), config.data.tokenizer.path
+    if vocab_size is None:
+        note = f"vocabulary: {PAPER_VOCABULARY:,} is assumed: {path} is on a hub, and a dry run downloads nothing"
+    elif path is None:
+        note = f"vocabulary: {vocab_size:,}, a BPE to be trained on the text"
+    else:
+        note = f"vocabulary: {vocab_size:,}, from {path}"
+    return vocab_size, [text, note]
+
+
+def batch_line(config: PretrainConfig) -> str:
+    """What one step is made of."""
+    sequences = config.train.batch_tokens // config.data.seq_len
+    micro = config.train.micro_batch or sequences
+    total = config.train.batch_tokens * config.train.steps
+    return (
+        f"tokens a step: {config.train.batch_tokens:,} = {sequences:,} sequences of {config.data.seq_len:,}, "
+        f"in {sequences // micro:,} micro-batch{'es' * (sequences // micro > 1)} of {micro:,}; "
+        f"in all {config.train.steps:,} steps and {total:,} tokens"
+    )
+
+
+def restart_line(restarts: tuple[int, ...], shown: int = 12) -> str:
+    """The steps after which a restart happens; of a long list the beginning and the end."""
+    if not restarts:
+        return "restarts: none"
+    numbers = [f"{n:,}" for n in restarts]
+    if len(numbers) > shown:
+        numbers = [*numbers[: shown - 2], "...", numbers[-1]]
+    return f"restarts: {len(restarts)}, after the steps {' '.join(numbers)}"
