@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import Adapter, Full, LoRA, Method, ReLoRA, StepReport, attach, load_adapter
+    from trimtab.nn.loss import linear_cross_entropy
     from trimtab.optim.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -41,11 +42,13 @@ __all__ = [
     "TargetError",
     "TrimtabError",
     "attach",
+    "linear_cross_entropy",
     "load_adapter",
 ]
 
 _HOMES = {
     "trimtab.methods": ("Adapter", "Full", "LoRA", "Method", "ReLoRA", "StepReport", "attach", "load_adapter"),
+    "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.optim.schedule": ("Schedule",),
 }
 #: Where each public name lives; what is not listed is an error class.

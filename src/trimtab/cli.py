@@ -226,11 +226,8 @@ def pretrain(
 
         show(config, console)
         return 0
-    from trimtab.preflight import preflight
     from trimtab.train.run import pretrain as train
 
-    if resume is None:
-        preflight(config)
     for note in unused_settings(config):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     return int(train(config, resume=resume, console=console).exit_status)

@@ -105,6 +105,11 @@ class Method(Settings, abc.ABC):
         """Steps of full-rank training before the adapter comes into being; 0 for none."""
         return 0
 
+    @property
+    def update_rank(self) -> int | None:
+        """The highest rank that a matrix's update can have between two restarts; None where nothing bounds it."""
+        return None
+
     def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
         """The completed-step counts after which a restart happens in a run of `total_steps`.
 

@@ -72,6 +72,10 @@ class LoRA(Method):
         return self.warm_start_steps
 
     @property
+    def update_rank(self) -> int:
+        return self.rank
+
+    @property
     def trained_roles(self) -> frozenset[str]:
         """The roles of the tensors that train in full beside the adapter."""
         return frozenset(ROLES[role] for role in self.train_also or ())

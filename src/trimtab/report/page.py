@@ -145,8 +145,8 @@ def _with_hints(run: RunFolder) -> Spectrum | None:
     spectrum = run.spectrum
     if spectrum is None or spectrum.rank is not None or run.config is None:
         return spectrum
-    rank = getattr(run.config.method, "rank", None)
-    if not isinstance(rank, int):
+    rank = run.config.method.update_rank
+    if rank is None:
         return spectrum
     restarts = len(run.restarts) if spectrum.restarts is None else spectrum.restarts
     return Spectrum(spectrum.matrices, spectrum.threshold, rank, restarts)
@@ -157,7 +157,7 @@ def _subtitle(run: RunFolder) -> str:
     if run.config is not None:
         method = run.config.method
         settings = method.model_dump(exclude_defaults=True, exclude={"name"}, mode="json")
-        settings = {"rank": getattr(method, "rank", None), **settings}
+        settings = {"rank": method.update_rank, **settings}
         told = [
             f"{key.replace('_', ' ')} {_told(value)}"
             for key, value in settings.items()

@@ -28,6 +28,7 @@ from trimtab.methods.base import Adapter, attach
 from trimtab.models.load import build_model
 from trimtab.optim.build import build_optimizer
 from trimtab.optim.schedule import Schedule
+from trimtab.preflight import preflight
 from trimtab.report.page import write_report
 from trimtab.report.spectrum import update_spectrum
 from trimtab.report.start import write_start
@@ -93,6 +94,7 @@ def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Con
     checkpoint, damaged = None, frozenset[str]()
     if resume is None:
         refuse_used_folder(folder)
+        preflight(config)
     else:
         checkpoint, damaged = _find_checkpoint(folder, console)
         config, notes = continued(config, checkpoint)
@@ -340,7 +342,7 @@ class _Run:
             update_spectrum(
                 start,
                 adapter.effective_weights(),
-                rank=getattr(adapter.config, "rank", None),
+                rank=adapter.config.update_rank,
                 restarts=len(self.schedule.restarts),
                 device=self.device,
             ).save(self.folder / "spectrum.json")
