@@ -14,7 +14,7 @@ import trimtab.data.build as build
 import trimtab.data.disk as disk
 from trimtab.data.store import TokenStore
 from trimtab.data.tokens import Progress, build_store, store_folder
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import DataError
 
 SMALL = 4000  # bytes of text in a shard
 
@@ -277,13 +277,6 @@ def test_too_little_text_is_one_clear_line(tmp_path: Path) -> None:
         DataError, match=r"validation part has 1 documents .* give more text in data\.validation_source"
     ):
         build_store(only, 0, tmp_path / "only")
-
-
-def test_both_or_no_tokenizer_is_a_config_error(tmp_path: Path) -> None:
-    """Exactly one kind of tokenizer must be asked for."""
-    for tokenizer in ({}, {"path": "x", "bpe_vocab_size": 300}):
-        with pytest.raises(ConfigError, match="exactly one"):
-            build_store(config("x", tokenizer=tokenizer), 0, tmp_path)
 
 
 def test_a_wrong_field_is_found_before_any_work(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from trimtab.data.disk import locked, naming_disk_errors, to_json
 from trimtab.data.sources import resolve
 from trimtab.data.store import MANIFEST, Split, TokenStore
 from trimtab.data.tokenizer import load_tokenizer
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import DataError
 
 __all__ = ["Progress", "Split", "TokenStore", "build_store", "store_folder"]
 
@@ -62,11 +62,8 @@ def build_store(
         shard_bytes: text in one unit of work, and so what a kill can lose.
 
     Raises:
-        ConfigError: not exactly one kind of tokenizer is asked for.
         DataError: anything wrong with sources, tokenizer, disk or store, in one line.
     """
-    if (config.tokenizer.path is None) == (config.tokenizer.bpe_vocab_size is None):
-        raise ConfigError("data.tokenizer: give exactly one of path and bpe_vocab_size")
     folder = Path(folder)
     settings = store_settings(config, seed)
     if not (folder / MANIFEST).exists() or (folder / "plan.json").exists():
