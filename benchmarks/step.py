@@ -11,6 +11,7 @@ Hidden 768, 12 layers, 12 heads, intermediate 2048, V = 32,000; batch 8 x 256 ra
 * "full, plain PyTorch": bf16 weights and moments, the model's own loss. The usual baseline, and no
   recommendation: in bf16 most of a small update is rounded away.
 * "peft LoRA": `peft.LoraConfig` with its defaults, the model's own loss; embeddings, norms and head frozen.
+* "..., our loss": the same with the chunked loss instead, to tell what is the loss's and what the layers'.
 * "trimtab ...": what trains is held in fp32; the loss is the chunked one. LoRA freezes the rest, as
   peft does; ReLoRA trains embeddings, norms and head, too.
 
@@ -46,8 +47,10 @@ RATE = 1e-4
 FULL, TRIMTAB_FULL, RELORA = "full, plain PyTorch", "trimtab full", "trimtab ReLoRA r=128"
 PEFT = {rank: f"peft LoRA r={rank}" for rank in (8, 128)}
 LORA = {rank: f"trimtab LoRA r={rank}" for rank in (8, 128)}
-RANK = {row: rank for rows in (PEFT, LORA) for rank, row in rows.items()} | {RELORA: 128}
-ROWS = (FULL, TRIMTAB_FULL, PEFT[8], LORA[8], PEFT[128], LORA[128], RELORA)
+FULL_CHUNKED, PEFT_CHUNKED = "full, our loss", "peft LoRA r=8, our loss"
+RANK = {row: rank for rows in (PEFT, LORA) for rank, row in rows.items()} | {RELORA: 128, PEFT_CHUNKED: 8}
+ROWS = (FULL, FULL_CHUNKED, TRIMTAB_FULL, PEFT[8], PEFT_CHUNKED, LORA[8], PEFT[128], LORA[128], RELORA)
+PLAIN = (FULL, FULL_CHUNKED, *PEFT.values(), PEFT_CHUNKED)
 RESTART = "one restart"
 
 
@@ -97,8 +100,7 @@ class Row:
         self.steps = 0
         self.adapter: trimtab.Adapter | None = None
         self.loss: Callable[[], torch.Tensor]
-        plain = name == FULL or name in PEFT.values()
-        groups = self._plain(model, name) if plain else self._trimtab(model, name)
+        groups = self._plain(model, name) if name in PLAIN else self._trimtab(model, name)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         head = model.get_output_embeddings().weight
         self.head_trains = any(parameter is head for parameter in self.parameters)
@@ -106,12 +108,16 @@ class Row:
         model.train()
 
     def _plain(self, model: Any, name: str) -> list[dict[str, Any]]:
-        if name != FULL:
+        objective, ids = Objective(model), self.batch.input_ids
+        if name in RANK:
             import peft
 
             model = peft.get_peft_model(model, peft.LoraConfig(r=RANK[name], target_modules=list(TARGETS)))
-        ids = self.batch.input_ids
-        self.loss = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
+        if name in (FULL_CHUNKED, PEFT_CHUNKED):
+            tokens = int((self.batch.labels >= 0).sum())
+            self.loss = lambda: objective(self.batch) / tokens
+        else:
+            self.loss = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
         return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
     def _trimtab(self, model: Any, name: str) -> list[dict[str, Any]]:
