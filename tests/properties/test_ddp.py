@@ -47,7 +47,7 @@ def results(world: int, folder: Path, **settings: object) -> list[dict[str, Tens
 
 
 def test_replicas_stay_equal_and_losses_are_those_of_one_process(tmp_path: Path) -> None:
-    """After two restarts in bf16 every tensor and carry is byte-equal on both ranks; in fp32 losses match one process."""
+    """After two restarts in bf16 every tensor and carry is byte-equal on both ranks; in fp32 losses are as in one."""
     first, second = results(2, tmp_path, bf16=True)
     assert first.keys() == second.keys()
     assert any(name.startswith("carry:") for name in first)
