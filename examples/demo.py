@@ -77,7 +77,8 @@ def print_sample() -> None:
     tokenizer = AutoTokenizer.from_pretrained(RUN / "model")
     model = AutoModelForCausalLM.from_pretrained(RUN / "model")
     torch.manual_seed(0)
-    print(f"\nThe model in {shown(RUN / 'model')} writes (it has read half a million tokens and knows little):")
+    tokens = events("step")[-1]["tokens"]
+    print(f"\nThe model in {shown(RUN / 'model')} writes (it has read {tokens:,} tokens and knows little):")
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         out = model.generate(**ids, max_new_tokens=40, do_sample=True, temperature=0.7, top_k=40)
