@@ -75,6 +75,25 @@ class Mlp(nn.Module):
         return self.last(torch.relu(self.norm(self.first(x))))
 
 
+class Encoder(nn.Module):
+    """torch's own encoder, whose eval mode reads weights past the layers' forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 32)
+        block = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(block, 2)
+        self.lm_head = nn.Linear(32, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.lm_head(self.encoder(self.embed(input_ids)))
+
+
+def tiny_encoder(seed: int = 0) -> Encoder:
+    torch.manual_seed(seed)
+    return Encoder()
+
+
 def tiny_mlp(seed: int = 0) -> Mlp:
     torch.manual_seed(seed)
     return Mlp()
@@ -86,6 +105,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": tiny_bert,
     "t5": tiny_t5,
     "mlp": tiny_mlp,
+    "encoder": tiny_encoder,
 }
 
 

@@ -196,17 +196,16 @@ class PretrainConfig(Settings):
                 "method.warm_start_steps",
                 f"{method.switch_step} leaves nothing of train.steps = {train.steps} for the adapter",
             )
-        if "restart_every" in type(method).model_fields and not self.restarts():
-            adapted = train.steps - method.switch_step
-            room = adapted - max(self.schedule.rewarm_steps, 1)
-            raise Misfit(
-                "method.restart_every",
-                f"{getattr(method, 'restart_every', None)} is longer than the run: no restart would fit into its "
-                f"{adapted} adapted step{'s' * (adapted > 1)}; "
-                + (f"at most {room} would" if room > 0 else "raise train.steps"),
-            )
+        if (misfit := method.check_length(train.steps, self.schedule.rewarm_steps)) is not None:
+            raise Misfit(f"method.{misfit[0]}", misfit[1])
         self.multiplier()
         return self
+
+    def cautions(self) -> list[str]:
+        """What a user should know before this run, beside its figures."""
+        if self.pure and self.dtype != "fp32":
+            return [f"pure = true holds what trains in {self.dtype}, too: small updates are rounded away and lost"]
+        return []
 
     def restarts(self) -> tuple[int, ...]:
         """The completed-step counts after which the method restarts."""

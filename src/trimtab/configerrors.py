@@ -110,7 +110,12 @@ def _explain(detail: ErrorDetails, tree: Tree) -> tuple[Key, int, str, Key | Non
 def _explain_method(section: Any, text: str) -> tuple[Key, int, str, Key | None]:
     names = sorted(registry())
     if not isinstance(section, dict):
-        return ("method",), 1, f"{shown(section)} is not a section; write `method:` and below it `name: relora`", None
+        return (
+            ("method",),
+            1,
+            f"{shown(section)} is not a section; write `method:` and below it `name: {names[-1]}`",
+            None,
+        )
     if "name" not in section:
         return ("method", "name"), 1, f"is missing; the methods are {', '.join(names)}", None
     if section["name"] in names:

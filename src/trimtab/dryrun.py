@@ -28,6 +28,8 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
 
     config = config.model_copy(update={"method": config.method.for_pretraining(config.seed)})
     say(dump_config(config))
+    for caution in config.cautions():
+        say(f"warning: {caution}")
     for note in unused_settings(config):
         say(f"note: {note}")
     vocab_size, notes = data_notes(config)

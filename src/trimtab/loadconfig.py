@@ -126,6 +126,10 @@ def unused_settings(config: PretrainConfig) -> list[str]:
         notes += [f"schedule.{key} has no effect: the shape is constant" for key in given(config.schedule, "floor")]
     if not config.loss.chunked:
         notes += [f"loss.{key} has no effect: loss.chunked is false" for key in given(config.loss, "chunk")]
+    if config.data.validation_sources:
+        why = "has no effect: data.validation_sources is given"
+        notes += [f"data.{key} {why}" for key in given(config.data, "validation_share")]
+    notes += [f"method.{key} has no effect: {why}" for key, why in config.method.idle_settings().items()]
     if config.pure and config.dtype == "fp32":
         notes.append("pure has no effect: dtype is fp32, and what trains is held in fp32 anyway")
     return notes

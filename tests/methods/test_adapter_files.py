@@ -123,10 +123,17 @@ def test_wrong_folders_are_refused_and_leave_the_model_free(tmp_path: Path) -> N
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"use_dora": True}, "use_dora"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+        ({"r": 0}, "rank = 0"),
+        ({"target_modules": None}, "target_modules"),
     ]:
         config.write_text(json.dumps(settings | change))
         with pytest.raises(trimtab.CheckpointError, match=message):
             trimtab.load_adapter(model, tmp_path)
+    config.write_text(json.dumps({k: v for k, v in settings.items() if k != "r"}))
+    with pytest.raises(trimtab.CheckpointError, match="lacks r"):
+        trimtab.load_adapter(model, tmp_path)
+    config.write_text(json.dumps(settings | {"target_modules": "all-linear"}))
+    trimtab.load_adapter(model, tmp_path).merge()
     tensors.unlink()
     with pytest.raises(trimtab.CheckpointError, match=r"adapter_model\.safetensors is missing"):
         trimtab.load_adapter(model, tmp_path)

@@ -9,7 +9,7 @@ from torch import nn
 from trimtab.errors import TargetError
 from trimtab.nn.inject import find_targets, parameter_roles
 
-COUNTS = {"llama": 14, "gpt2": 8, "bert": 12, "t5": 2 * 6 + 2 * 10, "mlp": 2}
+COUNTS = {"llama": 14, "gpt2": 8, "bert": 12, "t5": 2 * 6 + 2 * 10, "mlp": 2, "encoder": 4}
 
 
 @pytest.mark.parametrize("family", MODELS)

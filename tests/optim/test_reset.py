@@ -172,6 +172,8 @@ def test_touching_nothing_is_an_error_but_for_a_fresh_optimizer() -> None:
     stranger = {"A": nn.Parameter(torch.zeros(3))}
     with pytest.raises(TrimtabError, match="touched no element"):
         reset_state(optimizer, stranger, mode="drop")
+    with pytest.raises(TrimtabError, match=r"reset_ratio = 0\.001 rounds to none"):
+        reset_state(optimizer, {"B": parameters["B"]}, mode="random", ratio=0.001)
     assert reset_state(optimizer, parameters, mode="none") == 0
     assert optimizer.state[parameters["A"]]["step"] == 5
     assert reset_state(torch.optim.AdamW(stranger.values()), stranger, mode="drop") == 0

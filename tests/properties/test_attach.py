@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
-from models_for_tests import MODELS, logits, loss_of, tiny_llama, token_ids, train
+from models_for_tests import MODELS, forward, logits, loss_of, tiny_llama, token_ids, train
 
 import trimtab
 
@@ -151,3 +152,32 @@ def test_generation_works_with_an_adapter() -> None:
     grown = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     adapter.merge()
     assert torch.equal(grown, model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0))
+
+
+@pytest.mark.parametrize("config", ["full", "lora-warm", "relora"])
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_trains_in_bf16_whatever_it_is_made_of(family: str, config: str) -> None:
+    """Held in fp32, computed in bf16: every family steps, evaluates, survives a pickle, and merges to bf16."""
+    model = MODELS[family]()
+    adapter = trimtab.attach(model, CONFIGS[config], dtype=torch.bfloat16)
+    train(model, adapter, torch.optim.AdamW(adapter.parameter_groups(lr=1e-2)), range(1, 7))
+    out = logits(model, token_ids())
+    assert out.isfinite().all()
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again, token_ids()), out)
+    adapter.merge()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert (logits(model, token_ids()).float() - out.float()).norm() < 0.05 * out.float().norm()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_evaluation_sees_the_adapter(family: str) -> None:
+    """What eval mode without gradients answers is what training mode answers, adapter included."""
+    model = MODELS[family]()
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=4, alpha=64))
+    base = logits(model, token_ids())
+    for layer in adapter.layers.values():  # type: ignore[attr-defined]
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    trained = forward(model.train(), token_ids()).detach()
+    assert torch.allclose(logits(model, token_ids()), trained, atol=1e-5)
+    assert not torch.allclose(base, trained, atol=1e-2)

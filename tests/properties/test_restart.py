@@ -117,9 +117,10 @@ def test_the_error_against_float64_does_not_double(dtype: str, relative: float) 
     assert after <= 2 * before
 
 
-def test_a_restart_in_fp32_moves_no_output() -> None:
+@pytest.mark.parametrize("family", MODELS)
+def test_a_restart_in_fp32_moves_no_output(family: str) -> None:
     """(iv) In fp32, f changes by at most 1e-6 relative, after real training and a large update."""
-    model, adapter = started("fp32")
+    model, adapter = started("fp32", family=family)
     optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-2))
     train(model, adapter, optimizer, range(1, 100))
     ids = token_ids(rows=8, length=32)
@@ -194,7 +195,31 @@ def test_a_dead_cycle_is_an_error() -> None:
     optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-2))
     loss_of(model, token_ids()).backward()
     optimizer.step()
+    optimizer.zero_grad()
     with pytest.raises(trimtab.TrimtabError, match="no adapter got a gradient"):
+        adapter.after_step(1, optimizer)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_loop_may_zero_its_gradients_before_after_step(to_none: bool) -> None:
+    """A healthy cycle is no dead one, whatever is left of the gradients."""
+    model, adapter = started("fp32", every=3)
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-2))
+    for step in range(1, 8):
+        loss_of(model, token_ids(seed=step)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=to_none)
+        adapter.after_step(step, optimizer)
+
+
+def test_adapters_that_do_not_reach_the_loss_are_an_error() -> None:
+    """While the head learns and no adapter does, the first step of the cycle says so."""
+    model, adapter = started("fp32")
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-2))
+    loss_of(model, token_ids()).backward()
+    for layer in adapter.layers.values():
+        layer.lora_B.grad = torch.zeros_like(layer.lora_B)
+    with pytest.raises(trimtab.TrimtabError, match="do not reach the loss"):
         adapter.after_step(1, optimizer)
 
 

@@ -69,7 +69,7 @@ def test_a_change_that_would_make_it_wrong_is_named(name: str, value: Any) -> No
     [
         ("optim__lr", 2e-3), ("optim__warm_start_lr", 1e-4), ("schedule__floor", 0.0), ("train__steps", 60),
         ("train__stop_at", 30), ("log__every", 1), ("eval__every", 5), ("checkpoint__keep", 9),
-        ("checkpoint__every", 3), ("name", "other"), ("out", "elsewhere"), ("data__workers", 3),
+        ("checkpoint__every", 3), ("data__workers", 3),
     ],
 )  # fmt: skip
 def test_what_touches_the_future_alone_may_change(name: str, value: Any) -> None:
@@ -135,3 +135,10 @@ def test_a_used_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--resume .*choose another name"):
         refuse_used_folder(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.yaml"]
+
+
+@pytest.mark.parametrize("name", ["name", "out"])
+def test_a_resumed_run_stays_in_its_folder(name: str) -> None:
+    """Another name or place would neither move the run nor be where it lies."""
+    with pytest.raises(ConfigError, match=f"{name} = elsewhere: a resumed run stays in its folder"):
+        continued(config(**{name: "elsewhere"}), standing())

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from test_checkpoint import child
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +25,7 @@ from trimtab.errors import CheckpointError, ConfigError, DataError
 from trimtab.loadconfig import dump_config, load_config
 from trimtab.train import run as module
 from trimtab.train.evaluate import evaluate
+from trimtab.train.folder import sole_user
 from trimtab.train.objective import Objective
 from trimtab.train.run import RunResult, pretrain
 
@@ -119,6 +121,26 @@ def test_the_model_folder_is_the_evaluated_model(whole: tuple[PretrainConfig, Ru
     assert found.tokens == 100
     tokenizer = AutoTokenizer.from_pretrained(result.folder / "model")
     assert len(tokenizer) == model.config.vocab_size == 300
+
+
+def test_the_model_folder_is_the_merged_model_to_the_bit(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor that from_pretrained loads equals the merged model's in memory."""
+    kept: dict[str, torch.Tensor] = {}
+    save = module.save_model
+
+    def spy(model: Any, *rest: Any) -> None:
+        kept.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        save(model, *rest)
+
+    monkeypatch.setattr(module, "save_model", spy)
+    result = pretrain(config(text, tmp_path), console=quiet())
+    loaded = AutoModelForCausalLM.from_pretrained(result.folder / "model").state_dict()
+    assert loaded.keys() == kept.keys()
+    for name, tensor in loaded.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, kept[name]), name
 
 
 def test_the_update_has_the_rank_of_its_restarts(whole: tuple[PretrainConfig, RunResult, str]) -> None:
@@ -305,6 +327,83 @@ def test_a_full_disk_at_the_end_loses_nothing(
     name = "model/model.safetensors"
     assert (folder / name).read_bytes() == (whole[1].folder / name).read_bytes()
     assert len(records(folder, "step")) == 14
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_spoilt_start_file_costs_the_spectrum_alone(text: Path, tmp_path: Path, damage: str) -> None:
+    """start.safetensors serves the report; without it the model is still merged, evaluated and written."""
+    folder = pretrain(config(text, tmp_path, train__stop_at=9), console=quiet()).folder
+    start = folder / "start.safetensors"
+    start.write_bytes(start.read_bytes()[:1000])
+    if damage == "gone":
+        start.unlink()
+    console = quiet()
+    asked = load_config(folder / "config.yaml", ["train.stop_at=null"])
+    assert pretrain(asked, resume=folder, console=console).finished
+    assert "spectrum of the update cannot be shown" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert (folder / "model" / "model.safetensors").exists()
+
+
+def test_a_library_error_while_saving_is_one_line(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors turns a full disk into an error of its own; it is reported like any other."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"model could not be written.*No space left.*--resume"):
+        pretrain(config(text, tmp_path), console=quiet())
+
+
+def test_a_run_is_resumed_from_another_working_directory(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token store is found where it was made; no second one appears."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = pretrain(config(text, Path("runs"), train__stop_at=9), console=quiet()).folder.resolve()
+    monkeypatch.chdir(tmp_path / "there")
+    asked = load_config(folder / "config.yaml", ["train.stop_at=null"])
+    assert pretrain(asked, resume=folder, console=quiet()).finished
+    assert not list((tmp_path / "there").iterdir())
+    with pytest.raises(ConfigError, match="name"):
+        pretrain(load_config(folder / "config.yaml", ["name=other"]), resume=folder, console=quiet())
+
+
+def test_two_processes_do_not_share_a_run(text: Path, tmp_path: Path) -> None:
+    """While one works on a folder, another is turned away before it touches anything."""
+    folder = pretrain(config(text, tmp_path, train__stop_at=9), console=quiet()).folder
+    asked = load_config(folder / "config.yaml", ["train.stop_at=null"])
+    before = (folder / "metrics.jsonl").read_bytes()
+    with sole_user(folder), pytest.raises(ConfigError, match="another process is working on this run"):
+        pretrain(asked, resume=folder, console=quiet())
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert pretrain(asked, resume=folder, console=quiet()).finished
+
+
+def test_pure_is_said_aloud(text: Path, tmp_path: Path) -> None:
+    """Training in pure bf16 comes with a warning."""
+    console = quiet()
+    pretrain(config(text, tmp_path, pure=True, train__stop_at=1), console=console)
+    assert "warning: pure = true" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_demo_shortened(tmp_path: Path) -> None:
+    """examples/demo.yaml with fewer steps and words: warm start, restarts, a lower loss, and a model that writes."""
+    demo = Path(__file__).resolve().parents[2] / "examples" / "demo.yaml"
+    small = ["model.name=llama-9m", "data.tokenizer.bpe_vocab_size=512", "data.seq_len=64", "train.batch_tokens=512"]
+    fewer = ["train.steps=30", "method.warm_start_steps=8", "method.restart_every=5", "schedule.warmup_steps=2"]
+    rest = ["schedule.rewarm_steps=2", "eval.every=10", "eval.tokens=2048", f"out={tmp_path}"]
+    result = pretrain(load_config(demo, [*small, *fewer, *rest]), console=quiet())
+    assert len(records(result.folder, "restart")) == 4
+    losses = [record["loss"] for record in records(result.folder, "eval")]
+    assert losses[-1] < losses[0]
+    model = AutoModelForCausalLM.from_pretrained(result.folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(result.folder / "model")
+    ids = tokenizer("Fellow citizens", return_tensors="pt", return_token_type_ids=False)
+    out = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    assert out.shape[1] > ids["input_ids"].shape[1]
 
 
 def test_too_little_text_is_known_at_the_start(text: Path, tmp_path: Path) -> None:

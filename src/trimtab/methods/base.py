@@ -105,6 +105,14 @@ class Method(Settings, abc.ABC):
         """Steps of full-rank training before the adapter comes into being; 0 for none."""
         return 0
 
+    def idle_settings(self) -> dict[str, str]:
+        """Settings that were given and have no effect, each with the reason."""
+        return {}
+
+    def check_length(self, total_steps: int, rewarm_steps: int) -> tuple[str, str] | None:
+        """A setting that does not go with a run of `total_steps`, and what is wrong with it; None when all do."""
+        return None
+
     @property
     def update_rank(self) -> int | None:
         """The highest rank that a matrix's update can have between two restarts; None where nothing bounds it."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from trimtab.errors import CannotDetach, CannotSave, CheckpointError, ConfigError
@@ -109,13 +109,21 @@ class LoRA(Method):
         targets = saved.get("target_modules")
         if not targets:
             raise CheckpointError("the adapter's config names no target_modules")
-        return cls(
-            rank=saved["r"],
-            alpha=saved["lora_alpha"],
-            dropout=saved.get("lora_dropout", 0.0),
-            rslora=saved.get("use_rslora", False),
-            targets=targets if isinstance(targets, str) and targets != ALL_LINEAR else tuple(targets),
-        )
+        try:
+            return cls(
+                rank=saved["r"],
+                alpha=saved["lora_alpha"],
+                dropout=saved.get("lora_dropout", 0.0),
+                rslora=saved.get("use_rslora", False),
+                targets=targets if isinstance(targets, str) else tuple(targets),
+            )
+        except KeyError as error:
+            raise CheckpointError(f"the adapter's config lacks {error.args[0]}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise CheckpointError(
+                f"the adapter's config cannot be used: {first['loc'][0]} = {first['input']!r}: {first['msg']}"
+            ) from None
 
     def load_saved(self, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
         assert isinstance(adapter, LoRAAdapter)
@@ -141,7 +149,7 @@ class LoRA(Method):
 def stable_generator(*key: object) -> torch.Generator:
     """A CPU generator seeded by a hash of `key`: the same on every machine, rank and Python."""
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class LoRAAdapter(Adapter):

@@ -53,6 +53,24 @@ class ReLoRA(LoRA):
         first = self.warm_start_steps + self.restart_every
         return tuple(n for n in range(first, total_steps, self.restart_every) if total_steps - n >= rewarm_steps)
 
+    def check_length(self, total_steps: int, rewarm_steps: int) -> tuple[str, str] | None:
+        if self.restarts(total_steps, rewarm_steps):
+            return None
+        adapted = total_steps - self.switch_step
+        room = adapted - max(rewarm_steps, 1)
+        way_out = f"at most {room} would" if room > 0 else "raise train.steps"
+        return "restart_every", (
+            f"{self.restart_every} is longer than the run: no restart would fit into its {adapted} adapted "
+            f"step{'s' * (adapted > 1)}; {way_out}"
+        )
+
+    def idle_settings(self) -> dict[str, str]:
+        if self.reset in ("magnitude", "random"):
+            return {}
+        fields = type(self).model_fields
+        given = [key for key in ("reset_ratio", "reset_reference") if getattr(self, key) != fields[key].default]
+        return dict.fromkeys(given, f"reset is {self.reset}")
+
     def attach(self, model: nn.Module, *, dtype: torch.dtype | None = None, pure: bool = False) -> ReLoRAAdapter:
         return ReLoRAAdapter(model, self, dtype, pure)
 
@@ -87,12 +105,21 @@ class ReLoRAAdapter(LoRAAdapter):
         return StepReport(report.trainable_changed, (*report.events, self._restart(step, optimizer)))
 
     def _check_alive(self, step: int) -> None:
-        """On the first step of a cycle B must have got a gradient: with A = 0 nothing would ever train."""
+        """After the first step of a cycle some adapter must be able to learn.
+
+        With A = B = 0 none ever will. And when gradients are still there, those of B must not all be zero while
+        others are not: then the adapted layers do not reach the loss.
+        """
         opened = step - 1
         if not self.adapted or not (opened == self.config.switch_step or self._is_restart(opened)):
             return
-        grads = [layer.lora_B.grad for layer in self.layers.values() if layer.lora_B.grad is not None]
+        layers = list(self.layers.values())
+        dead = not any(bool(layer.lora_A.any()) or bool(layer.lora_B.any()) for layer in layers)
+        grads = [layer.lora_B.grad for layer in layers if layer.lora_B.grad is not None]
         if grads and not any(bool(grad.any()) for grad in grads):
+            others = (e.parameter.grad for e in self.trainable() if e.group != "adapter")
+            dead = dead or any(bool(grad.any()) for grad in others if grad is not None)
+        if dead:
             raise TrimtabError(
                 f"step {step}: no adapter got a gradient in the first step of its cycle; the adapted layers do not "
                 "reach the loss (check targets)"

@@ -49,7 +49,7 @@ class _LoRAFunction(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         ctx.base, ctx.scale, ctx.dropout = base, scale, dropout
-        ctx.seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+        ctx.seed = int(torch.randint(2**62, (), device="cpu").item()) if dropout else 0
         ctx.save_for_backward(x, weight, lora_A, lora_B)
         ctx.bias_dtype = None if bias is None else bias.dtype
         branch = x * dropout_mask(x, dropout, ctx.seed) if dropout else x
@@ -177,7 +177,7 @@ def draw_a(a: Tensor, generator: torch.Generator | None) -> None:
     if a.device.type == "meta":
         return
     bound = 1.0 / math.sqrt(a.shape[1])
-    drawn = torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    drawn = torch.empty(a.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
     with torch.no_grad():
         a.copy_(drawn)
 

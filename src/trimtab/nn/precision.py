@@ -71,6 +71,10 @@ class _Held:
     trimtab_plain_class: type[nn.Module]
     trimtab_dtype: torch.dtype
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Held classes are made on the fly, so a pickle (for a spawned process) names what they are made of."""
+        return _blank, (self.trimtab_plain_class, type(self).__mro__[1]), self.__dict__
+
 
 class _HeldLinear(_Held):
     def forward(self, x: Tensor) -> Tensor:
@@ -96,14 +100,20 @@ class _HeldAny(_Held):
     """Any other module (norms, and whatever a model brings): it sees cast copies during its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        wide = {name: p for name, p in self._parameters.items() if p is not None and p.dtype == torch.float32}  # type: ignore[attr-defined]
-        # An entry of __dict__ wins over nn.Module.__getattr__, so the module finds the copies under its own names.
-        self.__dict__.update({name: p.to(self.trimtab_dtype) for name, p in wide.items()})
+        # nn.MultiheadAttention reads the weight of its output projection without calling it.
+        readers: list[Any] = [self, self.out_proj] if isinstance(self, nn.MultiheadAttention) else [self]
+        shadowed = []
         try:
+            for module in readers:
+                for name, p in module._parameters.items():
+                    if p is not None and p.dtype == torch.float32:
+                        # An entry of __dict__ wins over nn.Module.__getattr__: the copy is found under the name.
+                        module.__dict__[name] = p.to(self.trimtab_dtype)
+                        shadowed.append((module, name))
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            for name in wide:
-                del self.__dict__[name]
+            for module, name in shadowed:
+                del module.__dict__[name]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -119,6 +129,12 @@ def _held_class(plain: type[nn.Module], mixin: type[_Held]) -> type[nn.Module]:
     if plain not in _HELD_CLASSES:
         _HELD_CLASSES[plain] = type(f"Held{plain.__name__}", (mixin, plain), {"__module__": __name__})
     return _HELD_CLASSES[plain]
+
+
+def _blank(plain: type[nn.Module], mixin: type[_Held]) -> nn.Module:
+    """An empty instance of a held class, for unpickling."""
+    held = _held_class(plain, mixin)
+    return held.__new__(held)
 
 
 def hold(module: nn.Module, dtype: torch.dtype) -> None:

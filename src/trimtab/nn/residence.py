@@ -8,6 +8,7 @@ moves tensors between the two, in place, and at the end gives everything back.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,25 @@ def _fingerprint(tensor: Tensor) -> tuple[int, float] | None:
     """
     if tensor.device.type == "meta":
         return None
-    return int(torch.hash_tensor(tensor.detach()).view(torch.int64)), float(
-        torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
-    )
+    exact = tensor.detach() if tensor.device.type != "mps" else tensor.detach().cpu()  # MPS has no float64
+    return int(torch.hash_tensor(exact).view(torch.int64)), float(exact.sum(dtype=torch.float64))
+
+
+def _disarm_fused_encoders(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Keep torch's encoder layers from reading their sublayers' weights past the sublayers' own forward.
+
+    In eval mode without gradients `nn.TransformerEncoderLayer` takes a fused path that would see neither an
+    adapter nor a cast. Returns what to set back: module, attribute, value.
+    """
+    armed: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            armed.append((module, "activation_relu_or_gelu", module.activation_relu_or_gelu))
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            armed.append((module, "use_nested_tensor", module.use_nested_tensor))
+            module.use_nested_tensor = False
+    return armed
 
 
 class Residence:
@@ -45,6 +62,7 @@ class Residence:
         self.compute = {name: dtype or p.dtype for name, p in self.parameters.items()}
         self.carries: dict[str, Tensor] = {}
         self._fingerprints: dict[str, tuple[int, float] | None] = {}
+        self._armed = _disarm_fused_encoders(model)
         self._owners: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             for parameter in module._parameters.values():
@@ -104,4 +122,6 @@ class Residence:
             parameter.requires_grad_(self._plain[name][1])
             for owner in self._owners[id(parameter)]:
                 release(owner)
+        for module, attribute, value in self._armed:
+            setattr(module, attribute, value)
         self.carries.clear()

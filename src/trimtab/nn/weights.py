@@ -46,7 +46,7 @@ def zero_carry(weight: Tensor) -> Tensor:
     dtype = torch.int16 if weight.dtype == torch.bfloat16 else torch.bfloat16
     if weight.device.type == "meta":
         return torch.zeros(weight.shape, dtype=dtype, device="meta")
-    return torch.zeros(weight.shape, dtype=dtype, pin_memory=weight.device.type == "cuda")
+    return torch.zeros(weight.shape, dtype=dtype, device="cpu", pin_memory=weight.device.type == "cuda")
 
 
 def narrow_with_carry(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

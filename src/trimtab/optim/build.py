@@ -18,13 +18,15 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from trimtab.config import OptimConfig
 from trimtab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trimtab.config import OptimConfig
 
 Groups = Sequence[dict[str, Any]]
 

@@ -57,18 +57,21 @@ def reset_state(
     """
     if mode == "none" or not optimizer.state:
         return 0
-    touched = 0
+    touched, found = 0, 0
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter)
         if not state:
             continue
+        found += 1
         if mode == "drop":
             touched += sum(state[key].numel() for key in _moment_keys(state, optimizer))
             del optimizer.state[parameter]
         else:
             betas = _betas(optimizer, parameter)
             touched += _prune(state, optimizer, name, mode, ratio, seed, betas, reference)
-    if touched == 0:
+    if found and not touched:
+        raise TrimtabError(f"the optimizer reset ({mode}) touched no element: reset_ratio = {ratio} rounds to none")
+    if not found:
         raise TrimtabError(
             f"the optimizer reset ({mode}) touched no element: the optimizer has no state for "
             f"{next(iter(parameters), 'any adapter')}; build it from adapter.parameter_groups()"
@@ -126,13 +129,13 @@ def _prune(
 
 
 def _keep_mask(like: Tensor, score: Tensor | None, ratio: float, key: Sequence[object]) -> Tensor:
-    """True for exactly round((1 - ratio) n) entries, ties broken by position; any size."""
+    """True for exactly round((1 - ratio) n) entries, whichever of equal scores; any size."""
     n = like.numel()
     kept = round((1.0 - ratio) * n)
     if score is None:
         digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        score = torch.rand(n, generator=generator, dtype=torch.float32).to(like.device)
+        score = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").to(like.device)
     mask = torch.zeros(n, dtype=torch.bool, device=like.device)
     mask[score.flatten().topk(kept, sorted=False).indices] = True
     return mask.view(like.shape)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from trimtab.errors import CheckpointError, ConfigError
+
+_LOG = logging.getLogger(__name__)
 
 
 def refuse_used_folder(folder: Path) -> None:
@@ -22,6 +28,35 @@ def refuse_used_folder(folder: Path) -> None:
         resumable = checkpoints.is_dir() and any(checkpoints.iterdir())
         way_out = f"continue that run with --resume {folder}" if resumable else "it has no checkpoint, so remove it"
         raise ConfigError(f"name: {folder} exists and is not empty; {way_out}, or choose another name")
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Hold a run folder alone; the system drops the lock when its holder ends, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+        CheckpointError: the folder cannot be written.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(
+            f"the run folder {folder} cannot be written: {error.strerror or error}; choose another out=FOLDER"
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process is working on this run; wait for it, or end it") from None
+        except OSError as error:
+            _LOG.warning("%s: no locks on this file system (%s); start no second process", folder, error.strerror)
+        yield
+    finally:
+        os.close(handle)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -49,9 +84,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the library makes an error of its own of a full disk
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"the model could not be written to {folder}: {error.strerror or error}; the last checkpoint stands, "
+            f"the model could not be written to {folder}: {reason}; the last checkpoint stands, "
             "so free some space and continue with --resume"
         ) from error
     finally:

@@ -13,7 +13,7 @@ from trimtab.train.checkpoint import Checkpoint
 
 #: Settings (or whole sections) that may change: they touch the future alone, or nothing that is computed.
 FREE = (
-    "name", "out", "optim.lr", "optim.warm_start_lr", "schedule.floor", "train.steps", "train.stop_at",
+    "optim.lr", "optim.warm_start_lr", "schedule.floor", "train.steps", "train.stop_at",
     "eval", "checkpoint", "log", "data.workers", "data.store",
 )  # fmt: skip
 
@@ -63,6 +63,8 @@ def continued(config: PretrainConfig, checkpoint: Checkpoint) -> tuple[PretrainC
             notes.append(
                 f"{key} was {before.get(key)!r} and is {after.get(key)!r}: the run continues, but not bit for bit"
             )
+        elif key in ("name", "out"):
+            raise ConfigError(f"{key} = {after.get(key)}: a resumed run stays in its folder; leave it out")
         elif not _under(key, FREE):
             raise ConfigError(
                 f"{key}: the run was computed with {before.get(key)!r}, and going on with {after.get(key)!r} would "

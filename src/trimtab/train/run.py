@@ -22,7 +22,7 @@ import trimtab
 from trimtab.config import PretrainConfig
 from trimtab.data.batches import TrainBatches, validation_batches
 from trimtab.data.tokens import TokenStore, build_store, store_folder
-from trimtab.errors import CheckpointError, ConfigError, DataError
+from trimtab.errors import CheckpointError, ConfigError, DataError, TrimtabError
 from trimtab.loadconfig import dump_config
 from trimtab.methods.base import Adapter, attach
 from trimtab.models.load import build_model
@@ -36,7 +36,7 @@ from trimtab.report.tokenbar import token_bar
 from trimtab.train import randomstate
 from trimtab.train.checkpoint import Checkpoint, Checkpointer, newest
 from trimtab.train.evaluate import EvalResult, evaluate
-from trimtab.train.folder import refuse_used_folder, replace_text, save_model
+from trimtab.train.folder import refuse_used_folder, replace_text, save_model, sole_user
 from trimtab.train.loop import Training, train
 from trimtab.train.memory import measured_peak, phase_row, phase_table, predict_phases, size_text
 from trimtab.train.metrics import MetricsFile, RunLog, require_tensorboard, tensorboard_writer, truncate
@@ -91,17 +91,19 @@ def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Con
     console = console or Console()
     _refuse_distributed()
     folder = resume or config.out / config.name
-    checkpoint, damaged = None, frozenset[str]()
-    if resume is None:
-        refuse_used_folder(folder)
-        preflight(config)
-    else:
-        checkpoint, damaged = _find_checkpoint(folder, console)
-        config, notes = continued(config, checkpoint)
-        for note in notes:
-            _say(console, note)
-    run = _Run(config, folder, console, build_schedule(config), damaged)
     with ExitStack() as stack:
+        checkpoint, damaged = None, frozenset[str]()
+        if resume is None:
+            refuse_used_folder(folder)
+            preflight(config)
+        else:
+            if folder.is_dir():
+                stack.enter_context(sole_user(folder))
+            checkpoint, damaged = _find_checkpoint(folder, console)
+            config, notes = continued(config, checkpoint)
+            for note in notes:
+                _say(console, note)
+        run = _Run(config, folder, console, build_schedule(config), damaged)
         return run.go(checkpoint, stack)
 
 
@@ -176,6 +178,8 @@ class _Run:
         )
         method = config.method.for_pretraining(config.seed)
         self.phases = predict_phases(model, method, config.optim, dtype=self.dtype, pure=config.pure)
+        for caution in config.cautions():
+            _say(self.console, f"warning: {caution}")
         adapter = attach(model.to(self.device), method, dtype=self.dtype, pure=config.pure)
         adapter.restarts(total, config.schedule.rewarm_steps)
         if checkpoint:
@@ -198,6 +202,8 @@ class _Run:
         objective = Objective(model, config.loss.chunked, config.loss.chunk)
         sample = next(iter(batches.batch(start).split(1))).to(self.device)
         objective.check(sample)
+        if checkpoint is None:
+            stack.enter_context(sole_user(self.folder))
         self._open_folder(checkpoint)
         if checkpoint is None:
             write_start(self.folder / "start.safetensors", adapter.effective_weights())
@@ -210,7 +216,7 @@ class _Run:
             optimizer,
             config.model_dump(mode="json"),
             keep=config.checkpoint.keep,
-            extra={"data": _data_identity(store)},
+            extra={"data": _data_identity(store), "store": str(store.folder.resolve())},
             damaged=self.damaged,
             last=checkpoint.path if checkpoint else None,
         )
@@ -268,6 +274,8 @@ class _Run:
     def _store(self, checkpoint: Checkpoint | None) -> TokenStore:
         config = self.config
         folder = store_folder(config.data, config.seed, config.out)
+        if checkpoint and config.data.store is None and (known := Path(checkpoint.extra["store"])).is_dir():
+            folder = known  # resumed from another working directory, `out` may be another place
         with token_bar(self.console) as progress:
             store = build_store(config.data, config.seed, folder, progress)
         if checkpoint and checkpoint.extra["data"] != _data_identity(store):
@@ -338,7 +346,7 @@ class _Run:
         """From the last step to the finished folder: spectrum, merge, evaluation, model, report."""
         config, step = self.config, self.config.train.steps
         start = self.folder / "start.safetensors"
-        if start.exists():
+        try:
             update_spectrum(
                 start,
                 adapter.effective_weights(),
@@ -346,8 +354,8 @@ class _Run:
                 restarts=len(self.schedule.restarts),
                 device=self.device,
             ).save(self.folder / "spectrum.json")
-        else:
-            _say(self.console, f"{start} is gone, so the spectrum of the update cannot be shown")
+        except TrimtabError as error:  # a side file; the model must not wait for it
+            _say(self.console, f"the spectrum of the update cannot be shown: {error}")
         adapter.merge()
         model.eval()
         objective = Objective(model, config.loss.chunked, config.loss.chunk)
