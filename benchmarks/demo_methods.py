@@ -69,8 +69,7 @@ def main() -> None:
                     f"{result.evaluation.bits_per_byte:.4f}",
                 ]
             )
-    command = f"python benchmarks/demo_methods.py --dtype {chosen.dtype}"
-    print(f"examples/demo.yaml; {circumstances()}; `{command}`\n")
+    print(f"examples/demo.yaml; {circumstances()}\n")
     names = ["method", "restarts", "rank of the update: min / median / max", "bound", "nats/token", "bits/byte"]
     print(markdown_table(names, table))
 

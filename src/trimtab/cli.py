@@ -9,9 +9,12 @@ import errno
 import functools
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
@@ -102,7 +105,7 @@ EXIT STATUS
 
 _TOKENIZE = """Turn text into a store of tokens, as `trimtab pretrain` does on first use.
 
-Reads the sections data and seed of a run's configuration. The store is the same, byte for byte,
+Takes the configuration of a run and uses its sections data, seed and out. The store is the same, byte for byte,
 for any number of workers; after a kill the same command goes on where it stood, and a complete
 store is only checked.
 
@@ -120,7 +123,7 @@ FILES
 EXIT STATUS
   0    the store is complete
   2    something is wrong that you can mend: one line on standard error says what
-  130  Ctrl-C; what is done so far is kept
+  130, 143  Ctrl-C, SIGTERM; what is done so far is kept
 """
 
 app = typer.Typer(
@@ -228,6 +231,8 @@ def pretrain(
         return 0
     from trimtab.train.run import pretrain as train
 
+    if _interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
+        raise KeyboardInterrupt
     for note in unused_settings(config):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     return int(train(config, resume=resume, console=console).exit_status)
@@ -297,6 +302,15 @@ def _to_nowhere() -> None:
     os.close(nowhere)
 
 
+#: Signals that came before the training took them over.
+_interrupted: list[int] = []
+
+
+def _note_interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupted.append(number)
+    raise KeyboardInterrupt
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit status.
 
@@ -306,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without a character shows its number; nothing breaks
             stream.reconfigure(errors="backslashreplace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _note_interrupt)
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name="trimtab", standalone_mode=False)
         sys.stdout.flush()

@@ -133,7 +133,7 @@ class EvalConfig(Settings):
 class CheckpointConfig(Settings):
     """Write a checkpoint every `every` steps (0: at the end alone) and keep the newest `keep`."""
 
-    every: NonNegativeInt = 0
+    every: NonNegativeInt = 1000
     keep: PositiveInt = 2
 
 
@@ -196,8 +196,15 @@ class PretrainConfig(Settings):
                 "method.warm_start_steps",
                 f"{method.switch_step} leaves nothing of train.steps = {train.steps} for the adapter",
             )
-        if (misfit := method.check_length(train.steps, self.schedule.rewarm_steps)) is not None:
+        if (misfit := method.check_length(train.steps)) is not None:
             raise Misfit(f"method.{misfit[0]}", misfit[1])
+        if (bare := method.restarts(train.steps)) and not self.restarts():
+            left = train.steps - bare[0]
+            raise Misfit(
+                "schedule.rewarm_steps",
+                f"{self.schedule.rewarm_steps} is longer than the {left} steps that follow the first restart (step "
+                f"{bare[0]} of {train.steps}), so that none would be made; at most {left} fit",
+            )
         self.multiplier()
         return self
 

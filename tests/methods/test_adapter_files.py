@@ -146,8 +146,21 @@ def test_a_config_comes_from_a_mapping() -> None:
     assert adapter.config == trimtab.ReLoRA(rank=4, restart_every=10)
     with pytest.raises(trimtab.ConfigError, match="full, lora, relora"):
         trimtab.attach(tiny_llama(), {"name": "lorra"})
-    with pytest.raises(ValueError, match="rnak"):
+    with pytest.raises(trimtab.ConfigError, match="LoRA: rnak is no setting of it; did you mean rank"):
         trimtab.attach(tiny_llama(), {"name": "lora", "rnak": 4})
+    with pytest.raises(trimtab.ConfigError, match="ReLoRA: restart_every is missing"):
+        trimtab.ReLoRA(rank=4)  # type: ignore[call-arg]
     for wrong in ({"rank": 0}, {"alpha": -1}, {"dropout": 1.0}, {"warm_start_steps": -1}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        key, value = next(iter(wrong.items()))
+        with pytest.raises(trimtab.ConfigError, match=f"LoRA: {key} = {value}: input should be") as said:
             trimtab.LoRA(**wrong)  # type: ignore[arg-type]
+        assert "\n" not in str(said.value)
+
+
+def test_an_adapter_says_what_it_is() -> None:
+    """repr names method, settings, model and state."""
+    adapter = trimtab.attach(tiny_llama(), trimtab.LoRA(rank=4))
+    assert "LoRAAdapter on LlamaForCausalLM" in repr(adapter)
+    assert "rank=4" in repr(adapter)
+    adapter.detach()
+    assert "detached" in repr(adapter)

@@ -47,6 +47,7 @@ def test_other_mistakes_are_named() -> None:
         ("(q_proj", (), "not a regular expression"),
         ([], (), "empty list"),
         (["q_proj"], ("q_proj",), "leaves none"),
+        ("all-linear", ("proj",), "exclude: 'proj' matches no linear layer"),
     ]:
         with pytest.raises(TargetError, match=message):
             find_targets(model, targets, exclude)

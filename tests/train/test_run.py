@@ -406,6 +406,41 @@ def test_the_demo_shortened(tmp_path: Path) -> None:
     assert out.shape[1] > ids["input_ids"].shape[1]
 
 
+def test_a_run_that_ended_on_a_cycle_can_be_prolonged(text: Path, tmp_path: Path) -> None:
+    """12 steps end where a cycle does; going on to 20 makes up for that restart, and ends as 20 steps in one go."""
+    short = {
+        "method": {"name": "relora", "rank": 4, "restart_every": 4},
+        "schedule": {"rewarm_steps": 2, "shape": "constant"},
+    }
+    folder = pretrain(config(text, tmp_path, **short, train__steps=12), console=quiet()).folder
+    assert [r["step"] for r in records(folder, "restart")] == [4, 8]
+    asked = load_config(folder / "config.yaml", ["train.steps=20"])
+    assert pretrain(asked, resume=folder, console=quiet()).finished
+    assert [r["step"] for r in records(folder, "restart")] == [4, 8, 12, 16]
+    whole = pretrain(config(text, tmp_path / "whole", **short, train__steps=20), console=quiet()).folder
+    name = "model/model.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_folder_whose_run_never_took_a_step_is_used_again(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that was full before the first step leaves no run behind: the same command works once there is room."""
+
+    def full(*_: Any) -> None:
+        raise CheckpointError("start.safetensors could not be written")
+
+    asked = config(text, tmp_path, train__stop_at=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_start", full)
+        with pytest.raises(CheckpointError):
+            pretrain(asked, console=quiet())
+    assert (tmp_path / "a" / "config.yaml").exists()
+    assert pretrain(asked, console=quiet()).step == 2
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        pretrain(asked, console=quiet())
+
+
 def test_too_little_text_is_known_at_the_start(text: Path, tmp_path: Path) -> None:
     """A sequence longer than the text: one line, and no run folder."""
     with pytest.raises(DataError, match=r"data\.seq_len"):

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trimtab.errors import DataError
+from trimtab.quiet import quiet_libraries
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -59,7 +60,8 @@ def load_tokenizer(path_or_name: str) -> TextTokenizer:
     if not local and _looks_like_a_path(path_or_name):
         raise DataError(f"tokenizer folder {path_or_name!r} does not exist")
     try:
-        hf = AutoTokenizer.from_pretrained(str(folder) if local else path_or_name, trust_remote_code=False)
+        with quiet_libraries():
+            hf = AutoTokenizer.from_pretrained(str(folder) if local else path_or_name, trust_remote_code=False)
     except Exception as error:  # the libraries below raise many kinds; all of them mean that it did not load
         reason = _first_line(error)
         if local:
@@ -133,5 +135,9 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # A line that ends in a colon announces a list; without its first entry it says nothing.
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {text}"

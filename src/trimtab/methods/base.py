@@ -15,18 +15,24 @@ reach methods through `registry()` alone.
 from __future__ import annotations
 
 import abc
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from torch import nn
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.folder import read_adapter_folder
 from trimtab.settings import Settings
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(Settings)
 
 #: What a trained tensor is, in the order in which `parameter_groups` returns the groups.
 GROUPS = ("adapter", "embedding", "norm", "head", "base")
@@ -73,7 +79,33 @@ class AdapterState:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-class Method(Settings, abc.ABC):
+class _OneLine(ModelMetaclass):
+    """Calling a config's class with wrong settings is a ConfigError of one line.
+
+    Validation of a tree of settings does not come by here, so that the tree still knows where it went wrong.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            raise _misfit(cls, error) from None
+
+
+def _misfit(method: Any, error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    key, known = str(first["loc"][0]), list(method.model_fields)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1)
+        what = f"is no setting of it; did you mean {near[0]}?" if near else f"is no setting of it: {', '.join(known)}"
+    elif first["type"] == "missing":
+        what = "is missing; it has no default"
+    else:
+        what = f"= {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return ConfigError(f"{method.__name__}: {key} {what}")
+
+
+class Method(Settings, abc.ABC, metaclass=_OneLine):
     """A frozen config of one method; subclasses are registered by the default of their `name`."""
 
     name: str
@@ -109,7 +141,7 @@ class Method(Settings, abc.ABC):
         """Settings that were given and have no effect, each with the reason."""
         return {}
 
-    def check_length(self, total_steps: int, rewarm_steps: int) -> tuple[str, str] | None:
+    def check_length(self, total_steps: int) -> tuple[str, str] | None:
         """A setting that does not go with a run of `total_steps`, and what is wrong with it; None when all do."""
         return None
 
@@ -152,6 +184,11 @@ class Adapter(abc.ABC):
         self.config = config
         self._last_step = 0
         self._closed = ""
+
+    def __repr__(self) -> str:
+        trained = sum(entry.parameter.numel() for entry in self.trainable())
+        state = self._closed or f"step {self._last_step}, {trained:,} parameters train"
+        return f"<{type(self).__name__} on {type(self.model).__name__}: {self.config!r}; {state}>"
 
     # -- what trains ---------------------------------------------------------------------------
 
@@ -203,6 +240,10 @@ class Adapter(abc.ABC):
     def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
         """The restarts of a run of `total_steps`; from now on `after_step` restarts at exactly these."""
         return self.config.restarts(total_steps, rewarm_steps)
+
+    def catch_up(self, optimizer: torch.optim.Optimizer) -> StepReport:
+        """After a state was loaded: do what is due at its step and was not done, since its run ended there."""
+        return StepReport()
 
     def extra_loss(self) -> torch.Tensor | None:
         """A term to add to the loss of each micro-batch's share, or None."""
@@ -284,6 +325,15 @@ def parse_method(value: Method | Mapping[str, Any]) -> Method:
     return _REGISTRY[name].model_validate(dict(value))
 
 
+def _from_user(config: Method | Mapping[str, Any]) -> Method:
+    """As `parse_method`, with every mistake as a ConfigError of one line."""
+    try:
+        return parse_method(config)
+    except ValidationError as error:
+        assert isinstance(config, Mapping)
+        raise _misfit(_REGISTRY[config["name"]], error) from None
+
+
 #: A field of a settings tree that holds any registered method, given as a config or a mapping.
 MethodField = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]
 
@@ -315,7 +365,7 @@ def attach(
         raise ConfigError(
             f"name={name!r}: the model already has the adapter {next(iter(attached))!r}; merge() or detach() it first"
         )
-    adapter = parse_method(config).attach(model, dtype=dtype, pure=pure)
+    adapter = _from_user(config).attach(model, dtype=dtype, pure=pure)
     attached[name] = adapter
     return adapter
 

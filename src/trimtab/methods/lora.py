@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.errors import CannotDetach, CannotSave, CheckpointError, ConfigError
@@ -119,11 +119,8 @@ class LoRA(Method):
             )
         except KeyError as error:
             raise CheckpointError(f"the adapter's config lacks {error.args[0]}") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise CheckpointError(
-                f"the adapter's config cannot be used: {first['loc'][0]} = {first['input']!r}: {first['msg']}"
-            ) from None
+        except ConfigError as error:
+            raise CheckpointError(f"the adapter's config cannot be used: {error}") from None
 
     def load_saved(self, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
         assert isinstance(adapter, LoRAAdapter)

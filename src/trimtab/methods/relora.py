@@ -53,12 +53,11 @@ class ReLoRA(LoRA):
         first = self.warm_start_steps + self.restart_every
         return tuple(n for n in range(first, total_steps, self.restart_every) if total_steps - n >= rewarm_steps)
 
-    def check_length(self, total_steps: int, rewarm_steps: int) -> tuple[str, str] | None:
-        if self.restarts(total_steps, rewarm_steps):
+    def check_length(self, total_steps: int) -> tuple[str, str] | None:
+        if self.restarts(total_steps):
             return None
         adapted = total_steps - self.switch_step
-        room = adapted - max(rewarm_steps, 1)
-        way_out = f"at most {room} would" if room > 0 else "raise train.steps"
+        way_out = f"at most {adapted - 1} would" if adapted > 1 else "raise train.steps"
         return "restart_every", (
             f"{self.restart_every} is longer than the run: no restart would fit into its {adapted} adapted "
             f"step{'s' * (adapted > 1)}; {way_out}"
@@ -103,6 +102,12 @@ class ReLoRAAdapter(LoRAAdapter):
         if not self._is_restart(step):
             return report
         return StepReport(report.trainable_changed, (*report.events, self._restart(step, optimizer)))
+
+    def catch_up(self, optimizer: torch.optim.Optimizer) -> StepReport:
+        due = [n for n in self._planned or () if n <= self._last_step]
+        if not self.adapted or len(due) <= self._restart_count or due[-1] != self._last_step:
+            return StepReport()
+        return StepReport(events=(self._restart(self._last_step, optimizer),))
 
     def _check_alive(self, step: int) -> None:
         """After the first step of a cycle some adapter must be able to learn.

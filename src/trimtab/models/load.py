@@ -8,10 +8,7 @@ Files are read as safetensors alone, and no code that came with a model is ever 
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import logging as transformers_logging
 
 from trimtab.config import ModelConfig
 from trimtab.errors import ConfigError
 from trimtab.models.presets import PRESETS, llama_config, nearest_presets
+from trimtab.quiet import quiet_libraries
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -125,7 +122,7 @@ def read_config(name: str, *, offline: bool = False) -> Any:
     else:
         _check_name(name, folder)
     try:
-        with _quiet():
+        with quiet_libraries():
             hf = AutoConfig.from_pretrained(
                 str(folder) if folder.is_dir() else name, trust_remote_code=False, local_files_only=offline
             )
@@ -148,25 +145,7 @@ def _check_name(name: str, folder: Path) -> None:
         raise ConfigError(f"model.name: no preset is called {name!r}; {hint} presets are {', '.join(PRESETS)}")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' reports and progress bars off the terminal: what is wrong is said in one line."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")
-    hub_level = hub.level
-    hub.setLevel(logging.CRITICAL)
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hub.setLevel(hub_level)
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@_quiet()
+@quiet_libraries()
 def _load(name: str) -> PreTrainedModel:
     folder = Path(name).expanduser()
     try:

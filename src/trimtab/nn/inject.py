@@ -61,6 +61,9 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], exclude: Sequen
         chosen = _by_pattern(model, linears, targets)
     else:
         chosen = _by_ending(model, linears, targets)
+    for ending in exclude:
+        if not any(_ends(name, ending) for name in linears):
+            raise TargetError(f"exclude: {ending!r} matches no linear layer; {_closest(ending, linears)}")
     kept = {name: module for name, module in chosen.items() if not any(_ends(name, end) for end in exclude)}
     if not kept:
         raise TargetError(

@@ -13,21 +13,36 @@ from typing import Any
 from safetensors import SafetensorError
 
 from trimtab.errors import CheckpointError, ConfigError
+from trimtab.quiet import quiet_libraries
 
 _LOG = logging.getLogger(__name__)
 
 
+#: What a run writes before its first step.
+_FIRST_FILES = {"config.yaml", "metrics.jsonl", "parameters.json", "start.safetensors"}
+
+
 def refuse_used_folder(folder: Path) -> None:
-    """A new run needs a folder of its own.
+    """A new run needs a folder of its own; one whose run never took a step (a full disk, say) counts as new.
 
     Raises:
-        ConfigError: it exists and holds something.
+        ConfigError: it exists and holds something else.
     """
+    if folder.is_dir() and _never_began(folder):
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        return
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         checkpoints = folder / "checkpoints"
         resumable = checkpoints.is_dir() and any(checkpoints.iterdir())
         way_out = f"continue that run with --resume {folder}" if resumable else "it has no checkpoint, so remove it"
         raise ConfigError(f"name: {folder} exists and is not empty; {way_out}, or choose another name")
+
+
+def _never_began(folder: Path) -> bool:
+    if not {path.name.removesuffix(".tmp") for path in folder.iterdir()} <= _FIRST_FILES:
+        return False
+    metrics = folder / "metrics.jsonl"
+    return not metrics.is_file() or '"event": "step"' not in metrics.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
@@ -77,7 +92,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         for leftover in (temporary, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        with _no_bars():
+        with quiet_libraries():
             model.save_pretrained(temporary)
         tokenizer.save(temporary)
         if folder.exists():
@@ -92,17 +107,3 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

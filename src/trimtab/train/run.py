@@ -235,6 +235,8 @@ class _Run:
             checkpoint.load_random()
         else:
             randomstate.seed_all(config.seed)
+        for event in adapter.catch_up(optimizer).events if checkpoint else ():
+            log.event({"step": start, **event})
         with StopSignals() as signals, progress:
             step = train(
                 Training(
