@@ -53,6 +53,13 @@ def test_all_formats_hold_the_same_documents(tmp_path: Path) -> None:
     assert sum(d.read for d in documents if d.id.startswith("a.")) == (tmp_path / "x" / "a.jsonl").stat().st_size
 
 
+def test_c4s_own_file_names_are_read(tmp_path: Path) -> None:
+    """`c4-train.00000-of-01024.json.gz` holds a JSON object a line."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows(4)).encode()
+    (tmp_path / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(lines))
+    assert [d.data.decode() for d in read(tmp_path)] == [row["text"] for row in rows(4)]
+
+
 def test_reading_can_begin_at_any_document(tmp_path: Path) -> None:
     """From each document's place on, exactly the rest is read: what a resumed build relies on."""
     documents = read(every_kind(tmp_path))

@@ -24,6 +24,7 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     (".txt", "txt"),
     (".jsonl", "jsonl"),
     (".jsonl.gz", "jsonl.gz"),
+    (".json.gz", "jsonl.gz"),  # as C4 names its files, which hold a JSON object a line
     (".jsonl.zst", "jsonl.zst"),
     (".parquet", "parquet"),
 )
