@@ -27,13 +27,13 @@ CONFIGS = {
     "also": trimtab.LoRA(rank=2, train_also=("norms", "head")),
 }
 
+#: A tied head cannot be stored as a module of its own, so GPT-2 trains none beside the adapter.
+PAIRS = [(f, c) for f in ("llama", "gpt2", "bert") for c in CONFIGS if (f, c) != ("gpt2", "also")]
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+
+@pytest.mark.parametrize(("family", "config"), PAIRS)
 def test_an_adapter_is_the_same_after_save_and_load(family: str, config: str, tmp_path: Path) -> None:
     """Logits of a fresh base with the loaded adapter are bit-equal to those of the trained model."""
-    if family == "gpt2" and config == "also":
-        pytest.skip("the head of GPT-2 is tied to its embedding")
     model, adapter = trained(family, CONFIGS[config])
     adapter.save(tmp_path / "adapter")
     fresh = MODELS[family]()
@@ -43,13 +43,10 @@ def test_an_adapter_is_the_same_after_save_and_load(family: str, config: str, tm
     assert not torch.equal(before, logits(fresh, token_ids()))
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize(("family", "config"), PAIRS)
 def test_peft_reads_our_folder(family: str, config: str, tmp_path: Path) -> None:
     """peft.PeftModel gives the logits that ours gives."""
     peft = pytest.importorskip("peft")
-    if family == "gpt2" and config == "also":
-        pytest.skip("the head of GPT-2 is tied to its embedding")
     model, adapter = trained(family, CONFIGS[config])
     adapter.save(tmp_path)
     theirs = peft.PeftModel.from_pretrained(MODELS[family](), str(tmp_path))

@@ -91,6 +91,17 @@ def test_detach_refuses_once_the_base_was_written_into(config: str, fused: bool)
     trimtab.attach(model, trimtab.LoRA(rank=2)).detach()
 
 
+def test_a_wider_compute_dtype_needs_no_carry() -> None:
+    """A bf16 base computed in fp32 loses nothing, so nothing is carried, and detach gives its bits back."""
+    model = tiny_llama().to(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=4), dtype=torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not [name for name in adapter.state_dict().tensors if name.startswith("carry:")]
+    adapter.detach()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_detach_refuses_a_base_that_was_narrowed() -> None:
     """Stored as bf16, an fp32 base cannot be given back bit for bit."""
     adapter = trimtab.attach(tiny_llama(), trimtab.LoRA(rank=4), dtype=torch.bfloat16)

@@ -87,8 +87,11 @@ class Residence:
             parameter.requires_grad_(False)
             parameter.grad = None
             self._fingerprints.pop(name, None)
-            if parameter.dtype != self.compute[name]:
-                parameter.data, carry = narrow_with_carry(parameter.data, self.compute[name])
+            compute = self.compute[name]
+            if torch.promote_types(parameter.dtype, compute) == compute:
+                parameter.data = parameter.data.to(compute)  # nothing is lost
+            else:
+                parameter.data, carry = narrow_with_carry(parameter.data, compute)
                 if not self.pure:
                     self.carries[name] = carry
             for owner in self._owners[id(parameter)]:

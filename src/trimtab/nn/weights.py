@@ -7,8 +7,8 @@ and written only when something is merged, so it costs nothing in training.
 
 For a bf16 weight the carry is an int16: the distance, in steps of the fp32 grid, from W to the fp32 value
 that it stands for. bf16 is the upper half of fp32, so W and carry together are that value exactly. (A bf16
-carry takes as much room and holds 17 bits; fifty restarts then drift by 2^-14.) For an fp16 weight it is
-the difference itself, in bf16.
+carry takes as much room and holds 17 bits: after fifty restarts entries are off by more than 2^-15.) For an
+fp16 weight it is the difference itself, in bf16.
 """
 
 from __future__ import annotations
