@@ -105,9 +105,9 @@ EXIT STATUS
 
 _TOKENIZE = """Turn text into a store of tokens, as `trimtab pretrain` does on first use.
 
-Takes the configuration of a run and uses its sections data, seed and out. The store is the same, byte for byte,
-for any number of workers; after a kill the same command goes on where it stood, and a complete
-store is only checked.
+Takes the configuration of a run and uses its sections data, seed and out. The store is the same,
+byte for byte, for any number of workers; after a kill the same command goes on where it stood, and
+a complete store is only checked.
 
 \b
 EXAMPLES
@@ -261,6 +261,9 @@ def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The config file, if a word names one, and the overrides."""
     files = [word for word in words if "=" not in word or Path(word).is_file()]
     if len(files) > 1:
+        for word in files:
+            if not Path(word).exists():
+                raise ConfigError(f"command line: {word}: is no file, and a setting is written {word}=value")
         raise ConfigError(f"command line: one config file is read, and {len(files)} are given: {', '.join(files)}")
     return (Path(files[0]) if files else None), [word for word in words if word not in files]
 
@@ -269,7 +272,7 @@ def _load(path: Path | None, overrides: list[str]) -> PretrainConfig:
     from trimtab.loadconfig import load_config
 
     if path is None and not overrides:
-        raise ConfigError("command line: no config file is given; try: trimtab pretrain examples/demo.yaml")
+        raise ConfigError("command line: no config file is given; name one, such as examples/demo.yaml")
     return load_config(path, overrides)
 
 

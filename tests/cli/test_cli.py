@@ -27,6 +27,8 @@ BAD_WORDS = {
     "no config": [],
     "missing file": ["none.yaml"],
     "two files": ["run.yaml", "other.yaml"],
+    "two files that are there": ["run.yaml", "text.jsonl"],
+    "a setting without its value": ["run.yaml", "method.rank"],
     "unknown option": ["run.yaml", "--dri-run"],
     "option without its value": ["run.yaml", "--resume"],
     "resume of nothing": ["--resume", "runs/none"],
@@ -53,6 +55,15 @@ def test_a_users_error_is_one_line_and_leaves_no_file(
     assert ended.err.startswith("trimtab: ")
     assert "Traceback" not in ended.err
     assert sorted(project.rglob("*")) == before
+
+
+def test_words_that_are_neither_file_nor_setting_are_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A forgotten `=` is told from a second file, and no config at all from both, by either command."""
+    said = run(capsys, "pretrain", "run.yaml", "method.rank").err
+    assert "method.rank: is no file, and a setting is written method.rank=value" in said
+    assert "one config file is read, and 2 are given" in run(capsys, "pretrain", "run.yaml", "text.jsonl").err
+    for command in ("pretrain", "tokenize"):
+        assert "no config file is given; name one" in run(capsys, command).err
 
 
 def test_an_empty_text_is_one_line_and_leaves_no_run(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
