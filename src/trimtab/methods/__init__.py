@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trimtab.methods.adalora import AdaLoRA
 from trimtab.methods.attached import activate, adapters
 from trimtab.methods.base import GROUPS, Adapter, AdapterState, Method, StepReport, Trainable
 from trimtab.methods.full import Full
@@ -11,6 +12,7 @@ from trimtab.methods.relora import ReLoRA
 
 __all__ = [
     "GROUPS",
+    "AdaLoRA",
     "Adapter",
     "AdapterState",
     "Full",
