@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import (
+        IA3,
         AdaLoRA,
         Adapter,
         Full,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "AdaLoRA",
     "Adapter",
     "CannotDetach",
@@ -63,6 +65,7 @@ __all__ = [
 
 _HOMES = {
     "trimtab.methods": (
+        "IA3",
         "AdaLoRA",
         "Adapter",
         "Full",

@@ -15,6 +15,7 @@ import trimtab
 PURE = {
     "lora": trimtab.LoRA(rank=4),
     "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=9, allocate_every=1),
+    "ia3": trimtab.IA3(targets="all-linear", feedforward=()),
 }
 EDITING = {
     "full": trimtab.Full(),

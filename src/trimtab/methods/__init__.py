@@ -6,12 +6,14 @@ from trimtab.methods.adalora import AdaLoRA
 from trimtab.methods.attached import activate, adapters
 from trimtab.methods.base import GROUPS, Adapter, AdapterState, Method, StepReport, Trainable
 from trimtab.methods.full import Full
+from trimtab.methods.ia3 import IA3
 from trimtab.methods.lora import LoRA
 from trimtab.methods.registry import MethodField, attach, load_adapter, parse_method, registry
 from trimtab.methods.relora import ReLoRA
 
 __all__ = [
     "GROUPS",
+    "IA3",
     "AdaLoRA",
     "Adapter",
     "AdapterState",
