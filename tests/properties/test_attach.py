@@ -20,6 +20,7 @@ CONFIGS = {
     "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=8, allocate_every=1),
     "ia3": trimtab.IA3(targets="all-linear", feedforward=()),
     "ia3-in": trimtab.IA3(targets=(), feedforward="all-linear"),
+    "bitfit": trimtab.BitFit(add_bias=True),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

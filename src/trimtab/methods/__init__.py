@@ -5,6 +5,7 @@ from __future__ import annotations
 from trimtab.methods.adalora import AdaLoRA
 from trimtab.methods.attached import activate, adapters
 from trimtab.methods.base import GROUPS, Adapter, AdapterState, Method, StepReport, Trainable
+from trimtab.methods.bitfit import BitFit
 from trimtab.methods.full import Full
 from trimtab.methods.ia3 import IA3
 from trimtab.methods.lora import LoRA
@@ -17,6 +18,7 @@ __all__ = [
     "AdaLoRA",
     "Adapter",
     "AdapterState",
+    "BitFit",
     "Full",
     "LoRA",
     "Method",
