@@ -39,10 +39,7 @@ def test_no_activation_is_kept_for_a_bias(added: bool) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        if added:
-            y = added_bias_linear(x, weight, bias, base=Dense())
-        else:
-            y = cast_linear(x, weight, bias, torch.bfloat16)
+        y = added_bias_linear(x, weight, bias, base=Dense()) if added else cast_linear(x, weight, bias, x.dtype)
     assert kept and all(shape[0] != 64 for shape in kept)
     y.float().sum().backward()
     assert bias.grad is not None and torch.equal(bias.grad, torch.full((48,), 64.0))
