@@ -19,7 +19,7 @@ from trimtab.methods.attached import record_of
 from trimtab.methods.base import Adapter, AdapterState, Method, Trainable, group_of
 from trimtab.methods.folder import SAMPLE, SavedAdapter, base_sample, encode_sample
 from trimtab.methods.keep import Kept
-from trimtab.nn.adapted import Adapted, dress, undress
+from trimtab.nn.adapted import Adapted, dress, merge_report, undress
 from trimtab.nn.inject import ALL_LINEAR, find_targets, parameter_roles
 from trimtab.nn.residence import Residence
 from trimtab.nn.weights import Dense, holder_of
@@ -268,6 +268,8 @@ class FrozenBaseAdapter(Adapter):
             )
         if self.record.active != self.attached_name:
             raise CannotMerge("this adapter is not the active one; trimtab.activate() it first")
+        if quantized:
+            merge_report(self.layers)
         self._record, self._name = self.record, self.attached_name
         self._prepare_undo()
         dense: dict[str, Tensor] = {}

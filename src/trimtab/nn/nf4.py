@@ -47,7 +47,7 @@ LEVELS = (
 # fmt: on
 
 #: Entries that are worked on at a time, so that temporaries stay small and are used again while they are warm.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 def padded(columns: int) -> int:
@@ -76,9 +76,11 @@ def quantize(value_OI: Tensor) -> tuple[Tensor, Tensor]:
     width = padded(columns)
     packed = torch.empty(rows, width // 2, dtype=torch.uint8, device=value_OI.device)
     absmax = torch.empty(rows, width // BLOCK, dtype=torch.float32, device=value_OI.device)
+    if value_OI.device.type == "meta":
+        return packed, absmax
     bounds = _bounds(LEVELS, value_OI.device)
     for block in _row_chunks(rows, width):
-        wide = F.pad(value_OI[block].float(), (0, width - columns)).view(-1, width // BLOCK, BLOCK)
+        wide = F.pad(value_OI[block].float().contiguous(), (0, width - columns)).view(-1, width // BLOCK, BLOCK)
         top = wide.abs().amax(-1)
         if not bool(top.isfinite().all()):
             raise ValueError("a matrix with an entry that is not finite cannot be quantised")
@@ -169,19 +171,25 @@ def _row_chunks(rows: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + height, rows))
 
 
-@functools.cache
+def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what `make` returns for each set of arguments; while torch.compile traces, make it part of the graph."""
+    kept = functools.cache(make)
+    return lambda *key: make(*key) if torch.compiler.is_compiling() else kept(*key)
+
+
+@_cached
 def _table(entries: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(entries, dtype=torch.float32, device=device)
 
 
-@functools.cache
+@_cached
 def _bounds(entries: tuple[float, ...], device: torch.device) -> Tensor:
     """The midpoints between neighbours."""
     table = _table(entries, device)
     return (table[:-1] + table[1:]) / 2
 
 
-@functools.cache
+@_cached
 def _pairs(device: torch.device) -> Tensor:
     """The two fp32 levels of every byte, as one int64: one look-up decodes two codes."""
     byte = torch.arange(256, device="cpu")

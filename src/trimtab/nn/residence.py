@@ -29,7 +29,7 @@ def _fingerprint(tensor: Tensor) -> tuple[int, float] | None:
     return int(torch.hash_tensor(exact).view(torch.int64)), float(exact.sum(dtype=torch.float64))
 
 
-def _disarm_fused_encoders(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+def disarm_fused_encoders(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """Keep torch's encoder layers from reading their sublayers' weights past the sublayers' own forward.
 
     In eval mode without gradients `nn.TransformerEncoderLayer` takes a fused path that would see neither an
@@ -78,7 +78,7 @@ class Residence:
         self._edited: set[str] = set()
         self._live: dict[str, Tensor] = {}
         self._fingerprints: dict[str, tuple[int, float] | None] = {}
-        self._armed = _disarm_fused_encoders(model)
+        self._armed = disarm_fused_encoders(model)
         self._owners: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             for parameter in module._parameters.values():
