@@ -30,10 +30,10 @@ if TYPE_CHECKING:
         attach,
         load_adapter,
     )
+    from trimtab.models.quantize import quantize
     from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.optim.schedule import Schedule
-    from trimtab.quantize import quantize
 
 __version__ = "0.1.0"
 
@@ -77,10 +77,10 @@ _HOMES = {
         "attach",
         "load_adapter",
     ),
+    "trimtab.models.quantize": ("quantize",),
     "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.optim.schedule": ("Schedule",),
-    "trimtab.quantize": ("quantize",),
 }
 #: Where each public name lives; what is not listed is an error class.
 _HOME = dict.fromkeys(__all__, "trimtab.errors") | {n: home for home, names in _HOMES.items() for n in names}

@@ -4,8 +4,9 @@ The model is built without values; each tensor is read from its safetensors shar
 its place before the next one is read. So beside the quantised model there is never more than one tensor of the
 checkpoint in memory. No pickle is read, and no code that came with a model is run.
 
-A quantised model's folder has Hugging Face's files: config.json, in which `quantization_config` says how each layer
-is held, and model.safetensors with packed codes and scales. It is read back bit for bit.
+A quantised model's folder has Hugging Face's config.json, in which `quantization_config` says how each layer is held,
+and quantized.safetensors with packed codes and scales. It is read back bit for bit. (Under the usual file name
+transformers would pass over a quantisation that it does not know, and draw the weights that do not fit anew.)
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from transformers.initialization import no_init_weights
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.models.load import read_config
+from trimtab.models.quantize import check_settings, choose, make_masters
 from trimtab.nn.nf4layer import NF4Linear, pack
 from trimtab.nn.residence import disarm_fused_encoders
 from trimtab.nn.weights import is_conv1d
-from trimtab.quantize import check_settings, choose, make_masters
 from trimtab.quiet import quiet_libraries
 
 METHOD = "trimtab-nf4"
 TENSORS = "model.safetensors"
+PACKED = "quantized.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -77,7 +79,7 @@ def load_quantized(
     folder = _folder(path)
     hf = AutoConfig.from_pretrained(folder) if stored is not None else read_config(str(path))
     model = _skeleton(hf, model_class)
-    with _Files(folder) as files:
+    with _Files(folder, TENSORS if stored is None else PACKED) as files:
         if stored is None:
             layers = choose(model, skip or ())
         else:
@@ -132,7 +134,7 @@ def save_quantized(model: PreTrainedModel, path: str | Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["architectures"] = [type(model).__name__]
         config["quantization_config"] = {"quant_method": METHOD, "format": 1, "layers": described}
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        save_file(tensors, folder / PACKED, metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
@@ -182,10 +184,10 @@ def _known(model: nn.Module, layers: dict[str, Any], folder: Path) -> list[str]:
 class _Files:
     """The safetensors files of a folder, opened when they are first needed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str) -> None:
         self.folder = folder
         self._open: dict[Path, Any] = {}
-        self.homes = self._find()
+        self.homes = self._find(folder / single)
 
     def __enter__(self) -> _Files:
         return self
@@ -193,13 +195,13 @@ class _Files:
     def __exit__(self, *error: object) -> None:
         self._open.clear()
 
-    def _find(self) -> dict[str, Path]:
+    def _find(self, single: Path) -> dict[str, Path]:
         """Which file each tensor is in."""
-        single, index = self.folder / TENSORS, self.folder / INDEX
+        index = self.folder / INDEX
         if single.is_file():
             return dict.fromkeys(self._names(single), single)
         if not index.is_file():
-            raise CheckpointError(f"{self.folder} has neither {TENSORS} nor {INDEX}; pickled weights are not read")
+            raise CheckpointError(f"{self.folder} has neither {single.name} nor {INDEX}; pickled weights are not read")
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             homes = {str(name): self.folder / str(file) for name, file in weight_map.items()}
@@ -312,10 +314,12 @@ def _unpack_stored(
 ) -> None:
     """Make a layer what a folder of `save_quantized` stored."""
     try:
-        dtype = getattr(torch, said["dtype"])
-        pack(module, double=bool(said["double"]), dtype=dtype, **options)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{files.folder}: the config does not say how {name} is held: {error}") from None
+        dtype, double = getattr(torch, said["dtype"]), said["double"]
+    except (KeyError, TypeError, AttributeError):
+        dtype = double = None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or not isinstance(double, bool):
+        raise CheckpointError(f"{files.folder}: the config does not say how {name} is held: {said!r}")
+    pack(module, double=double, dtype=dtype, **options)
     assert isinstance(module, NF4Linear)
     for leaf in ("weight", *module.scale_names):
         own = getattr(module, leaf)
@@ -344,7 +348,12 @@ def _fill(
             if parameter is None or parameter.device.type != "meta":
                 continue
             if id(parameter) not in filled:
-                value = files.read(names[dot + leaf], parameter.shape).to(device, dtype or None)
+                value = files.read(names[dot + leaf], parameter.shape)
+                if not value.is_floating_point():
+                    raise CheckpointError(
+                        f"{files.folder}: {names[dot + leaf]} is {value.dtype}, which is no plain weight"
+                    )
+                value = value.to(device, dtype)
                 filled[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             module._parameters[leaf] = filled[id(parameter)]
         own = module.scale_names if isinstance(module, NF4Linear) else ()
