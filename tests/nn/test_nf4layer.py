@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.nn import nf4, nf4layer
-from trimtab.nn.nf4layer import NF4Linear, dequantize_layer, new_master, pack
+from trimtab.nn.nf4layer import NF4Linear
+from trimtab.nn.packing import dequantize_layer, new_master, pack
 from trimtab.nn.weights import holder_of, shape_of
 
 IN, OUT = 200, 96

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from trimtab.errors import ConfigError, TargetError
 from trimtab.methods.attached import record_of
 from trimtab.nn.inject import closest, head_modules, is_linear, name_ends
-from trimtab.nn.nf4layer import NF4Linear, new_master, pack
+from trimtab.nn.nf4layer import NF4Linear
+from trimtab.nn.packing import new_master, pack
 from trimtab.nn.residence import disarm_fused_encoders
 from trimtab.nn.swap import Swapped
 from trimtab.nn.weights import shape_of

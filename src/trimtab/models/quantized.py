@@ -28,7 +28,8 @@ from transformers.initialization import no_init_weights
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.models.load import read_config
 from trimtab.models.quantize import check_settings, choose, make_masters
-from trimtab.nn.nf4layer import NF4Linear, pack
+from trimtab.nn.nf4layer import NF4Linear
+from trimtab.nn.packing import pack
 from trimtab.nn.residence import disarm_fused_encoders
 from trimtab.nn.weights import is_conv1d
 from trimtab.quiet import quiet_libraries

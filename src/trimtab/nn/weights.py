@@ -98,6 +98,10 @@ class Holder(abc.ABC):
     def write_rows(self, weight: Tensor, block: slice, value: Tensor) -> None:
         """Store a `value` (rows, in) of a block, rounded to nearest; what that loses is carried."""
 
+    def stored(self, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors that `write_rows` writes, by a suffix to the weight's name; "" is the weight itself."""
+        return {"": weight}
+
     def survival(self, weight: Tensor, block: slice, value: Tensor) -> tuple[float, float] | None:
         """How much of a merge would be left, were these rows written; None where nothing is lost for good.
 
