@@ -15,12 +15,14 @@ accumulated in fp32, and the fold is done in fp32 and rounded once.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from trimtab.nn.adapted import Adapted
 from trimtab.nn.lowrank import dropout_mask
@@ -83,6 +85,7 @@ class _VeRAFunction(torch.autograd.Function):
         return y_TO.addmm_(u, _fold(b, B, d, x.dtype).t())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Context, *grads: Tensor) -> tuple[Any, ...]:
         g_TO = grads[0]
         u_TR, d, b, weight, x_TI = ctx.saved_tensors
@@ -120,6 +123,11 @@ class _DropFunction(torch.autograd.Function):
         return grads[0] * dropout_mask(grads[0], ctx.p, ctx.seed), None
 
 
+def _plain_arithmetic(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off; the meta device has none."""
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
 def vera_linear(
     x: Tensor,
     weight: Tensor,
@@ -151,7 +159,7 @@ def vera_linear(
         followers: what is learnt about sharing (see `reading.share`); None shares nothing.
     """
     flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
+    with _plain_arithmetic(x.device.type):
         u = branch = None
         compiling = torch.compiler.is_compiling()
         if dropout:
