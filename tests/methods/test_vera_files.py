@@ -81,7 +81,7 @@ def test_peft_reads_our_folder(family: str, tmp_path: Path) -> None:
     adapter.save(tmp_path, layout="peft")  # type: ignore[call-arg]
     theirs = peft.PeftModel.from_pretrained(MODELS[family](), str(tmp_path)).get_base_model()
     assert torch.allclose(logits(theirs, token_ids()), logits(model, token_ids()), atol=1e-5)
-    assert not torch.allclose(logits(MODELS[family](), token_ids()), logits(model, token_ids()), atol=1e-2)
+    assert not torch.allclose(logits(MODELS[family](), token_ids()), logits(model, token_ids()), atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,6 +235,10 @@ def test_two_adapters_on_one_base(tmp_path: Path) -> None:
     before = logits(model, token_ids())
     trimtab.load_adapter(model, tmp_path / "one", name="one")
     trimtab.load_adapter(model, tmp_path / "two", name="two")
+    assert torch.equal(logits(model, token_ids()), logits(two, token_ids()))
+    rewrite(tmp_path / "one", lambda config, tensors, extra: config.update(projection_prng_key=7))
+    with pytest.raises(trimtab.CheckpointError, match="seed 7"):
+        trimtab.load_adapter(model, tmp_path / "one", name="three")
     for name, expected in (("two", two), ("one", one), ("two", two)):
         trimtab.activate(model, name)
         assert torch.equal(logits(model, token_ids()), logits(expected, token_ids()))

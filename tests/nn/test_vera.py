@@ -203,6 +203,13 @@ def test_nothing_wide_is_made_but_the_results() -> None:
     assert live_bytes(lambda: result.pop().backward(g)).above <= wide + skinny + small
 
 
+def test_one_token_does_not_pay_for_folding() -> None:
+    """In generation nothing of the size of B is made."""
+    layer = Group((400,), 16, 100).layers[0]
+    with torch.no_grad():
+        assert live_bytes(lambda: layer(torch.randn(1, 16))).above < 4 * 400 * 100 / 4
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_compiles_without_graph_breaks_and_shares_u(dropout: float) -> None:
     """One graph; where nothing is random the same numbers, and common-subexpression elimination shares u."""

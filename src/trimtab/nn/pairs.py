@@ -89,7 +89,7 @@ class Pairs:
         self._live: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": None, "followers": {}}
+        return {**self.__dict__, "_live": None}  # layers carry what they hold
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _live=WeakValueDictionary())

@@ -49,7 +49,7 @@ def _sum_over_tokens(g_TO: Tensor, u_TR: Tensor) -> Tensor:
 
     On CUDA a 16-bit product may add the parts of its sum in 16 bits, so there its result is asked for in fp32.
     """
-    if g_TO.is_cuda and g_TO.dtype in (torch.float16, torch.bfloat16):
+    if g_TO.is_cuda and torch.version.cuda and g_TO.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(g_TO.t(), u_TR, out_dtype=torch.float32)
     return g_TO.t() @ u_TR
 
