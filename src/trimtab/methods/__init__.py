@@ -8,6 +8,7 @@ from trimtab.methods.full import Full
 from trimtab.methods.lora import LoRA
 from trimtab.methods.registry import MethodField, attach, load_adapter, parse_method, registry
 from trimtab.methods.relora import ReLoRA
+from trimtab.methods.vera import VeRA
 
 __all__ = [
     "GROUPS",
@@ -20,6 +21,7 @@ __all__ = [
     "ReLoRA",
     "StepReport",
     "Trainable",
+    "VeRA",
     "activate",
     "adapters",
     "attach",
