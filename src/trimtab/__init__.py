@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import (
+        AdaLoRA,
         Adapter,
         Full,
         LoRA,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "CannotDetach",
     "CannotMerge",
@@ -68,6 +70,7 @@ __all__ = [
 
 _HOMES = {
     "trimtab.methods": (
+        "AdaLoRA",
         "Adapter",
         "Full",
         "LoRA",
