@@ -241,8 +241,8 @@ class Tilted(trimtab.ReLoRA):
 
     abstract = True
 
-    def attach(self, model: nn.Module, **settings: Any) -> trimtab.Adapter:
-        adapter = super().attach(model, **settings)
+    def _attach(self, model: nn.Module, residence: Any) -> trimtab.Adapter:
+        adapter = super()._attach(model, residence)
         adapter.extra_loss = lambda: sum(  # type: ignore[method-assign]
             (layer.lora_A @ layer.lora_A.t()).pow(2).sum() for layer in adapter.layers.values()
         )

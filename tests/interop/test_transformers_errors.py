@@ -42,8 +42,8 @@ class Faster(trimtab.ReLoRA):
 
     abstract = True
 
-    def attach(self, model: nn.Module, **settings: Any) -> trimtab.Adapter:
-        adapter = super().attach(model, **settings)
+    def _attach(self, model: nn.Module, residence: Any) -> trimtab.Adapter:
+        adapter = super()._attach(model, residence)
         plain = adapter.parameter_groups
 
         def groups(lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def test_callbacks_that_come_too_late_or_twice(tmp_path: Path) -> None:
     refused("came too late", trainer)
     model = tiny_llama()
     trimtab.attach(model, relora())
-    with pytest.raises(trimtab.ConfigError, match="already has the adapter"):
+    with pytest.raises(trimtab.ConfigError, match="already has an adapter"):
         build(arguments(tmp_path), TrimtabCallback(relora()), model)
     adapter = trimtab.attach(tiny_llama(), relora())
     with pytest.raises(trimtab.ConfigError, match="another model than the Trainer's"):
@@ -143,6 +143,23 @@ def test_callbacks_that_come_too_late_or_twice(tmp_path: Path) -> None:
         callbacks=[TrimtabCallback(relora())],
     )
     refused("do not use model_init", factory)
+
+
+def test_an_adapter_that_is_not_active_or_closed(tmp_path: Path) -> None:
+    """The adapter that trains is the one that the model runs, and is still on it."""
+    model = tiny_llama()
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=2), name="first")
+    trimtab.attach(model, trimtab.LoRA(rank=2), name="second")
+    trimtab.activate(model, "second")
+    refused("adapter 'first' is not the active one", build(arguments(tmp_path), TrimtabCallback(adapter), model))
+    model = tiny_llama()
+    adapter = trimtab.attach(model, relora())
+    trainer = build(arguments(tmp_path), TrimtabCallback(adapter), model)
+    adapter.merge()
+    with pytest.raises(ValueError, match="merged"):
+        trainer.train()
+    with pytest.raises(trimtab.ConfigError, match="keep_base goes with a method's config"):
+        TrimtabCallback(adapter, keep_base="host")
 
 
 def test_a_checkpoint_without_our_state(tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ _INSIDE_BACKWARD = ("lomo", "layerwise")
 
 def check_arguments(args: Any, state: Any, adapter: Adapter | Restarts, restarts: tuple[int, ...]) -> None:
     """Refuse what a Trainer can be set to and what would not work, or not as it says."""
+    if isinstance(adapter, Adapter):
+        adapter._require_open("train()")
+        name = adapter.attached_name
+        if adapter.record.active != name:
+            raise ConfigError(f"the adapter {name!r} is not the active one; trimtab.activate(model, {name!r}) first")
     if args.fsdp or getattr(args, "deepspeed", None):
         raise ConfigError("TrimtabCallback does not work under FSDP or DeepSpeed: use one process a GPU with DDP")
     if args.n_gpu > 1:

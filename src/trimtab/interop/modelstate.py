@@ -99,7 +99,8 @@ class ModelState:
         """A state without ours may be a mere set of weights (an average of them, say), if it is complete."""
         aliases = _aliases(self.adapter.model)
         for entry in self.adapter.trainable():
-            if not any(prefix + name in state_dict for name in aliases[entry.name]):
+            names = aliases.get(entry.name, ())
+            if names and not any(prefix + name in state_dict for name in names):
                 raise CheckpointError(
                     f"what is being loaded holds no state of trimtab and lacks {entry.name}: resume from a checkpoint "
                     "that was written with the callback, or load weights of the base before the method is attached"

@@ -29,10 +29,10 @@ from torch.optim import Optimizer
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import AdapterState, StepReport, Trainable
-from trimtab.methods.lora import stable_generator
 from trimtab.methods.relora import ReLoRA
+from trimtab.nn.draw import stable_generator
 from trimtab.nn.lowrank import draw_a
-from trimtab.nn.weights import Dense
+from trimtab.nn.weights import holder_of
 from trimtab.optim.reset import ResetMode, reset_state
 from trimtab.optim.schedule import Schedule
 from trimtab.train.tensorfile import write_tensors
@@ -76,7 +76,7 @@ class Restarts:
         self.model = model
         self.adapter_name, layers = _plain_layers(model)
         self._layers: dict[str, Any] = layers
-        self._holders = {name: Dense(transposed=layer.fan_in_fan_out) for name, layer in layers.items()}
+        self._holders = {name: holder_of(layer.get_base_layer()) for name, layer in layers.items()}
         self._last_step = 0
         self._restart_count = 0
         self._planned: tuple[int, ...] | None = None
@@ -189,8 +189,6 @@ class Restarts:
             wide = torch.float32 if weight.device.type == "mps" else torch.float64
             left = layer.lora_B[self.adapter_name].weight.to(wide)
             right = layer.lora_A[self.adapter_name].weight.to(wide)
-            if holder.transposed:
-                left, right = right.t(), left.t()
             for block in holder.row_blocks(weight):
                 value = holder.rows(weight, block).to(wide)
                 value.addmm_(left[block], right, alpha=layer.scaling[self.adapter_name])

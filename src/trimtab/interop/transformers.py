@@ -38,7 +38,8 @@ from trimtab.errors import CheckpointError, ConfigError
 from trimtab.interop.checks import check_arguments, check_optimizer
 from trimtab.interop.modelstate import ModelState
 from trimtab.interop.rates import lr_scheduler, schedule_from, schedule_of, take_over
-from trimtab.methods.base import Adapter, Method, attach
+from trimtab.methods import attach
+from trimtab.methods.base import Adapter, Method
 from trimtab.optim.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -74,10 +75,10 @@ class TrimtabCallback(TrainerCallback):
         rewarm_steps: steps of the re-warm after each restart.
         schedule: instead of the one that `args` describe. Its `total_steps` and its `restarts` must be those of
             the run.
-        dtype, pure: of `trimtab.attach`, where `method` is a config.
         merge_at_end: merge when the training ends. None: where `method` is a config, if it has a merged form.
         resume_from_checkpoint: with `Restarts`, the folder that `trainer.train` resumes from, where that is not
             a checkpoint in `args.output_dir`.
+        **attach_settings: `dtype`, `pure`, `keep_base` and `name` of `trimtab.attach`, where `method` is a config.
 
     Attributes:
         adapter: what is at work on the model; None before the Trainer is built.
@@ -94,10 +95,9 @@ class TrimtabCallback(TrainerCallback):
         *,
         rewarm_steps: int = 0,
         schedule: Schedule | None = None,
-        dtype: torch.dtype | None = None,
-        pure: bool = False,
         merge_at_end: bool | None = None,
         resume_from_checkpoint: str | Path | None = None,
+        **attach_settings: Any,
     ) -> None:
         if schedule is not None and rewarm_steps not in (0, schedule.rewarm_steps):
             raise ConfigError(f"rewarm_steps = {rewarm_steps}, and the schedule's is {schedule.rewarm_steps}")
@@ -107,9 +107,13 @@ class TrimtabCallback(TrainerCallback):
         self._config: Method | Mapping[str, Any] | None = None
         if isinstance(method, Method | Mapping):
             self._config = method
+        elif attach_settings:
+            raise ConfigError(
+                f"{next(iter(attach_settings))} goes with a method's config; this one is attached already"
+            )
         else:
             self.adapter = method
-        self._attach_with = {"dtype": dtype, "pure": pure}
+        self._attach_settings = attach_settings
         self._rewarm_steps = rewarm_steps if schedule is None else schedule.rewarm_steps
         self._schedule = schedule
         self._merge_at_end = merge_at_end
@@ -130,9 +134,9 @@ class TrimtabCallback(TrainerCallback):
                     "every=...)) for restarts of its LoRA, or give the Trainer the plain model"
                 )
             assert self._config is not None
-            self.adapter = attach(model, self._config, **self._attach_with)  # type: ignore[arg-type]
+            self.adapter = attach(model, self._config, **self._attach_settings)
             if self._merge_at_end is None:
-                self._merge_at_end = _can_merge(self.adapter)
+                self._merge_at_end = not getattr(self.adapter, "no_merge", "")
         if self.adapter.model is not model:
             raise ConfigError(
                 f"the adapter is attached to another model than the Trainer's ({type(model).__name__}); attach it to "
@@ -310,7 +314,3 @@ def _unwrap(optimizer: Any) -> Optimizer:
 
 def _is_peft(model: nn.Module) -> bool:
     return any(kind.__module__.startswith("peft.") for kind in type(model).__mro__)
-
-
-def _can_merge(adapter: Adapter) -> bool:
-    return getattr(adapter, "no_merge", None) is None
