@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import (
+        AdaLoRA,
         Adapter,
         Full,
         LoRA,
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
         attach,
         load_adapter,
     )
+    from trimtab.models.quantize import quantize
+    from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.optim.schedule import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "CannotDetach",
     "CannotMerge",
@@ -59,10 +63,14 @@ __all__ = [
     "attach",
     "linear_cross_entropy",
     "load_adapter",
+    "load_quantized",
+    "quantize",
+    "save_quantized",
 ]
 
 _HOMES = {
     "trimtab.methods": (
+        "AdaLoRA",
         "Adapter",
         "Full",
         "LoRA",
@@ -75,6 +83,8 @@ _HOMES = {
         "attach",
         "load_adapter",
     ),
+    "trimtab.models.quantize": ("quantize",),
+    "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.optim.schedule": ("Schedule",),
 }

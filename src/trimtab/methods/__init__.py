@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trimtab.methods.adalora import AdaLoRA
 from trimtab.methods.attached import activate, adapters
 from trimtab.methods.base import GROUPS, Adapter, AdapterState, Method, StepReport, Trainable
 from trimtab.methods.full import Full
@@ -12,6 +13,7 @@ from trimtab.methods.vera import VeRA
 
 __all__ = [
     "GROUPS",
+    "AdaLoRA",
     "Adapter",
     "AdapterState",
     "Full",
