@@ -28,11 +28,14 @@ if TYPE_CHECKING:
         Method,
         ReLoRA,
         StepReport,
+        VeRA,
         activate,
         adapters,
         attach,
         load_adapter,
     )
+    from trimtab.models.quantize import quantize
+    from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.optim.schedule import Schedule
 
@@ -58,11 +61,15 @@ __all__ = [
     "StepReport",
     "TargetError",
     "TrimtabError",
+    "VeRA",
     "activate",
     "adapters",
     "attach",
     "linear_cross_entropy",
     "load_adapter",
+    "load_quantized",
+    "quantize",
+    "save_quantized",
 ]
 
 _HOMES = {
@@ -76,11 +83,14 @@ _HOMES = {
         "Method",
         "ReLoRA",
         "StepReport",
+        "VeRA",
         "activate",
         "adapters",
         "attach",
         "load_adapter",
     ),
+    "trimtab.models.quantize": ("quantize",),
+    "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.optim.schedule": ("Schedule",),
 }

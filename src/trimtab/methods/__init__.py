@@ -11,6 +11,7 @@ from trimtab.methods.ia3 import IA3
 from trimtab.methods.lora import LoRA
 from trimtab.methods.registry import MethodField, attach, load_adapter, parse_method, registry
 from trimtab.methods.relora import ReLoRA
+from trimtab.methods.vera import VeRA
 
 __all__ = [
     "GROUPS",
@@ -26,6 +27,7 @@ __all__ = [
     "ReLoRA",
     "StepReport",
     "Trainable",
+    "VeRA",
     "activate",
     "adapters",
     "attach",
