@@ -161,11 +161,10 @@ class IA3Adapter(FrozenBaseAdapter):
         for bias, value in merged:
             bias.data.copy_(value)
 
-    def _prepare_undo(self) -> None:
-        super()._prepare_undo()
+    def _prepare_undo(self, quantized: bool) -> None:
+        super()._prepare_undo(quantized)
         if self._undo is not None:
-            for name, bias, _ in self._biases():
-                self._undo.put(name, bias)
+            self._residence.copy_to(self._undo, *(name for name, _, _ in self._biases()))
 
     def merged_tensor(self, name: str, value: Tensor) -> Tensor:
         value = super().merged_tensor(name, value)
