@@ -82,17 +82,21 @@ class FrozenBaseAdapter(Adapter):
     Attributes:
         mixin: what the adapted layers wear, for methods made of layers.
         no_merge: why the method has no merged form; empty when it has one.
+        embeddings: whether targets may name embeddings, too.
     """
 
     mixin: ClassVar[type[Adapted]] = Adapted
     no_merge: ClassVar[str] = ""
+    embeddings: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, config: Method, residence: Residence) -> None:
         super().__init__(model, config)
         self._residence = residence
         self._roles = parameter_roles(model)
         self._targets: dict[str, nn.Module] = (
-            find_targets(model, config.targets, config.exclude) if isinstance(config, Targeted) else {}
+            find_targets(model, config.targets, config.exclude, embeddings=self.embeddings)
+            if isinstance(config, Targeted)
+            else {}
         )
         self._parts: dict[str, dict[str, nn.Parameter]] = {}
         self._inserted = False
@@ -105,6 +109,10 @@ class FrozenBaseAdapter(Adapter):
     def _new_parts(self, name: str, module: nn.Module) -> dict[str, nn.Parameter]:
         """The method's own parameters for a target layer, on its device, by their names on the layer."""
         raise NotImplementedError
+
+    def _mixin(self, module: nn.Module) -> type[Adapted]:
+        """What a target layer wears."""
+        return self.mixin
 
     def _attributes(self, name: str, module: nn.Module) -> dict[str, Any]:
         """Plain attributes that the layer's forward reads."""
@@ -131,7 +139,9 @@ class FrozenBaseAdapter(Adapter):
         for name, module in self._targets.items():
             carry = self._residence.carries.pop(f"{name}.weight", None)
             base = holder_of(module, carry=carry, exact=not self._residence.pure)
-            dress(module, self.mixin, parameters=self._parts[name], base=base, **self._attributes(name, module))
+            dress(
+                module, self._mixin(module), parameters=self._parts[name], base=base, **self._attributes(name, module)
+            )
 
     def _remove(self) -> None:
         """Take the adapter off the model; its parameters keep their identity."""

@@ -22,10 +22,12 @@ class Adapted(Swapped):
 
     Attributes:
         parts: names of the adapter's own parameters on the layer.
+        starts_at_zero: the part that first gets a gradient, where one starts at zero.
         base: the holder of the layer's weight.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
+    starts_at_zero: ClassVar[str] = ""
     label = "Adapted"
     base: Holder
     weight: Any
