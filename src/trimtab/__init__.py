@@ -28,9 +28,11 @@ if TYPE_CHECKING:
         activate,
         adapters,
         attach,
+        combine,
         load_adapter,
     )
     from trimtab.nn.loss import linear_cross_entropy
+    from trimtab.nn.tied import untie
     from trimtab.optim.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -55,8 +57,10 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "combine",
     "linear_cross_entropy",
     "load_adapter",
+    "untie",
 ]
 
 _HOMES = {
@@ -70,9 +74,11 @@ _HOMES = {
         "activate",
         "adapters",
         "attach",
+        "combine",
         "load_adapter",
     ),
     "trimtab.nn.loss": ("linear_cross_entropy",),
+    "trimtab.nn.tied": ("untie",),
     "trimtab.optim.schedule": ("Schedule",),
 }
 #: Where each public name lives; what is not listed is an error class.

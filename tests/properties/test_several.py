@@ -12,14 +12,23 @@ from torch import nn
 
 import trimtab
 
-PURE = {"lora": trimtab.LoRA(rank=4)}
+PURE = {
+    "lora": trimtab.LoRA(rank=4),
+    "lora-dora": trimtab.LoRA(rank=4, dora=True),
+    "lora-orthogonal": trimtab.LoRA(rank=4, init="orthogonal", lora_plus=2),
+}
+#: Edits the base and keeps what it replaced.
+KEEPING = {
+    "lora-pissa": trimtab.LoRA(rank=4, alpha=4, init="pissa"),
+    "lora-pissa-dora": trimtab.LoRA(rank=4, init="pissa", dora=True),
+}
 EDITING = {
     "full": trimtab.Full(),
     "lora-also": trimtab.LoRA(rank=4, train_also=("norms", "head")),
     "lora-warm": trimtab.LoRA(rank=4, warm_start_steps=2),
     "relora": trimtab.ReLoRA(rank=4, restart_every=2, train_also=("norms",)),
 }
-ALL = PURE | EDITING
+ALL = PURE | KEEPING | EDITING
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

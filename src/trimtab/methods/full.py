@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from trimtab.errors import CannotSave, TargetError
 from trimtab.methods.base import Method
 from trimtab.methods.folder import SavedAdapter
-from trimtab.methods.frozen import FrozenBaseAdapter, plain_weights
+from trimtab.methods.frozen import FrozenBaseAdapter
+from trimtab.nn.adapted import plain_weights
 from trimtab.nn.inject import ALL_LINEAR, find_targets
 from trimtab.nn.residence import Residence
 

@@ -19,16 +19,17 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from trimtab.errors import CannotSave, CheckpointError, ConfigError, TargetError
+from trimtab.errors import CannotSave, CheckpointError, ConfigError
 from trimtab.methods import lora_files
 from trimtab.methods.base import Adapter, AdapterState, StepReport
 from trimtab.methods.folder import SavedAdapter
 from trimtab.methods.frozen import FrozenBaseAdapter, Targeted
 from trimtab.methods.keep import Kept
+from trimtab.methods.lora_checks import check, pattern_of
 from trimtab.nn.adapted import Adapted
 from trimtab.nn.dora import DoRAMixin
 from trimtab.nn.initial import Init, draw_factors, principal_factors
-from trimtab.nn.lora_embedding import LoRAEmbeddingMixin, embedding_fault
+from trimtab.nn.lora_embedding import LoRAEmbeddingMixin
 from trimtab.nn.lowrank import LoRAMixin
 from trimtab.nn.residence import Residence
 from trimtab.nn.tied import untie
@@ -87,12 +88,12 @@ class LoRA(Targeted):
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer called `name`."""
-        return int(self.rank_pattern.get(_pattern_of(self.rank_pattern, name), self.rank))
+        return int(self.rank_pattern.get(pattern_of(self.rank_pattern, name), self.rank))
 
     def scale_of(self, name: str) -> float:
         """s, the factor of B A, of the layer called `name`."""
         rank = self.rank_of(name)
-        alpha = self.alpha_pattern.get(_pattern_of(self.alpha_pattern, name), self.alpha)
+        alpha = self.alpha_pattern.get(pattern_of(self.alpha_pattern, name), self.alpha)
         return float(alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     @property
@@ -144,11 +145,6 @@ class LoRA(Targeted):
         adapter.load_tensors(lora_files.without_base(saved, adapter.model), lora_files.SUFFIXES)
 
 
-def _pattern_of(patterns: Iterable[str], name: str) -> str:
-    """The first pattern that the end of a layer's name matches, as PEFT finds it; empty if none does."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), "")
-
-
 class LoRAAdapter(FrozenBaseAdapter):
     """LoRA at work on a model; before its switch step, full training."""
 
@@ -158,7 +154,9 @@ class LoRAAdapter(FrozenBaseAdapter):
 
     def __init__(self, model: nn.Module, config: LoRA, residence: Residence) -> None:
         super().__init__(model, config, residence)
-        self._check()
+        check(config, self._targets, set(self._in_full()))
+        if config.bias != "none" and not self._biases():
+            raise ConfigError(f"bias = {config.bias!r}: there is no such bias in {type(model).__name__}")
         self._restart_count = 0
         self.adapted = False
         self.tie_again: Callable[[], None] | None = None
@@ -170,51 +168,6 @@ class LoRAAdapter(FrozenBaseAdapter):
             self._adapt()
 
     # -- what the settings mean on this model --------------------------------------------------
-
-    def _check(self) -> None:
-        """Refuse what cannot be done, before anything is edited."""
-        config, trained = self.config, set(self._in_full())
-        for name, module in self._targets.items():
-            shape, rank = shape_of(module), config.rank_of(name)
-            if rank > min(shape):
-                pattern = _pattern_of(config.rank_pattern, name)
-                key = f"rank_pattern = {{{pattern!r}: {rank}}}" if pattern else f"rank = {rank}"
-                raise ConfigError(
-                    f"{key} is above the size of {name}, {shape}: no low-rank update is "
-                    f"left; use a rank of at most {min(shape)} or exclude=['{name}']"
-                )
-            if config.init == "orthogonal" and rank % 2:
-                raise ConfigError(f"init = 'orthogonal' pairs the rows of A, and the rank of {name} is odd: {rank}")
-            if f"{name}.weight" in trained:
-                raise ConfigError(
-                    f"train_also = {list(config.train_also or ())} trains {name}.weight in full, and targets puts an "
-                    "adapter on it; leave it out of one of them"
-                )
-            self._check_kind(name, module)
-        for key in ("rank_pattern", "alpha_pattern"):
-            used = {_pattern_of(getattr(config, key), name) for name in self._targets}
-            idle = [pattern for pattern in getattr(config, key) if pattern not in used]
-            if idle:
-                raise ConfigError(
-                    f"{key}: {idle[0]!r} decides about no adapted layer; a pattern is a regular expression for the end "
-                    f"of a name such as {next(iter(self._targets))}, and the first that matches counts"
-                )
-        if config.bias != "none" and not self._biases():
-            raise ConfigError(f"bias = {config.bias!r}: there is no such bias in {type(self.model).__name__}")
-
-    def _check_kind(self, name: str, module: nn.Module) -> None:
-        """Refuse settings that do not go with a layer of this kind."""
-        if isinstance(module, nn.Embedding):
-            if fault := embedding_fault(module):
-                raise TargetError(f"targets: {name} is {fault}; leave it out")
-            if self.config.dora or self.config.init in ("orthogonal", "pissa"):
-                key = "dora = True" if self.config.dora else f"init = {self.config.init!r}"
-                raise ConfigError(f"{key} is for linear layers, and {name} is an embedding; exclude=['{name}']")
-        elif self.config.init == "pissa" and holder_of(module).quantized:
-            raise ConfigError(
-                f"init = 'pissa': {name} is held in 4 bits, and writing the rest of it back would round it anew; use "
-                "another init, or attach it to the model before it is quantised"
-            )
 
     def _biases(self) -> list[str]:
         """The biases that `bias` lets train."""

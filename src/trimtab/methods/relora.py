@@ -57,8 +57,8 @@ class ReLoRA(LoRA):
     def _is_low_rank(cls, dora: bool) -> bool:
         if dora:
             raise ValueError(
-                "DoRA's lengths change every row in full, and a restart would take them in and forget them, so there "
-                "is no sum of low-rank updates; use method lora"
+                "the lengths of DoRA change every row in full, and a restart would take them in and forget them, so "
+                "there is no sum of low-rank updates; use method lora"
             )
         return dora
 

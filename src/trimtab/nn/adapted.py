@@ -7,7 +7,7 @@ else (merging block by block in float64, the value before rounding, taking the a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -112,3 +112,11 @@ def undress(module: nn.Module) -> dict[str, nn.Parameter]:
         del module.__dict__[name]
     take_off(module, Adapted)
     return parameters
+
+
+def plain_weights(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """The weights (out, in) of linear layers without an adapter, by parameter name, in fp32 on the CPU."""
+    for name, module in modules.items():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        yield f"{name}.weight", holder_of(module).rows(weight, slice(None)).float().cpu()

@@ -222,7 +222,7 @@ class DoRAMixin(Adapted):
         self.lora_magnitude_vector.copy_(norms)
 
     def merged_rows(self, rows: Tensor, block: slice) -> Tensor:
-        """M (W + carry + s B A) / |W + carry + s B A|; the lengths are rounded as in the forward, so that c can be 1."""
+        """M (W + carry + s B A) / |W + carry + s B A|, the lengths rounded as in the forward, so that c can be 1."""
         rows = rows.addmm_(self.lora_B[block].to(rows), self.lora_A.to(rows), alpha=self.scale)
         dtype = torch.promote_types(self.lora_magnitude_vector.dtype, torch.float32)
         norms = rows.square().sum(1).to(dtype).sqrt_()
