@@ -30,11 +30,13 @@ if TYPE_CHECKING:
         activate,
         adapters,
         attach,
+        combine,
         load_adapter,
     )
     from trimtab.models.quantize import quantize
     from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
+    from trimtab.nn.tied import untie
     from trimtab.optim.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -61,11 +63,13 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "combine",
     "linear_cross_entropy",
     "load_adapter",
     "load_quantized",
     "quantize",
     "save_quantized",
+    "untie",
 ]
 
 _HOMES = {
@@ -81,11 +85,13 @@ _HOMES = {
         "activate",
         "adapters",
         "attach",
+        "combine",
         "load_adapter",
     ),
     "trimtab.models.quantize": ("quantize",),
     "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
+    "trimtab.nn.tied": ("untie",),
     "trimtab.optim.schedule": ("Schedule",),
 }
 #: Where each public name lives; what is not listed is an error class.

@@ -15,6 +15,8 @@ CONFIGS = {
     "full": trimtab.Full(),
     "lora": trimtab.LoRA(rank=4),
     "lora-rs": trimtab.LoRA(rank=4, rslora=True, dropout=0.1, train_also=("norms", "head")),
+    "lora-dora": trimtab.LoRA(rank=4, dora=True, init="gaussian"),
+    "lora-patterns": trimtab.LoRA(rank=4, rank_pattern={".*": 3}, alpha_pattern={".*": 2.0}, train_also=("norms",)),
     "lora-warm": trimtab.LoRA(rank=4, warm_start_steps=3),
     "relora": trimtab.ReLoRA(rank=4, restart_every=2),
     "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=8, allocate_every=1),

@@ -15,6 +15,13 @@ import trimtab
 PURE = {
     "lora": trimtab.LoRA(rank=4),
     "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=9, allocate_every=1),
+    "lora-dora": trimtab.LoRA(rank=4, dora=True),
+    "lora-orthogonal": trimtab.LoRA(rank=4, init="orthogonal", lora_plus=2),
+}
+#: Edits the base and keeps what it replaced.
+KEEPING = {
+    "lora-pissa": trimtab.LoRA(rank=4, alpha=4, init="pissa"),
+    "lora-pissa-dora": trimtab.LoRA(rank=4, init="pissa", dora=True),
 }
 EDITING = {
     "full": trimtab.Full(),
@@ -22,7 +29,7 @@ EDITING = {
     "lora-warm": trimtab.LoRA(rank=4, warm_start_steps=2),
     "relora": trimtab.ReLoRA(rank=4, restart_every=2, train_also=("norms",)),
 }
-ALL = PURE | EDITING
+ALL = PURE | KEEPING | EDITING
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -7,6 +7,7 @@ from trimtab.methods.attached import activate, adapters
 from trimtab.methods.base import GROUPS, Adapter, AdapterState, Method, StepReport, Trainable
 from trimtab.methods.full import Full
 from trimtab.methods.lora import LoRA
+from trimtab.methods.lora_combine import combine
 from trimtab.methods.registry import MethodField, attach, load_adapter, parse_method, registry
 from trimtab.methods.relora import ReLoRA
 from trimtab.methods.vera import VeRA
@@ -27,6 +28,7 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "combine",
     "load_adapter",
     "parse_method",
     "registry",
