@@ -19,8 +19,10 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import (
+        IA3,
         AdaLoRA,
         Adapter,
+        BitFit,
         Full,
         LoRA,
         Method,
@@ -42,8 +44,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "AdaLoRA",
     "Adapter",
+    "BitFit",
     "CannotDetach",
     "CannotMerge",
     "CannotSave",
@@ -74,8 +78,10 @@ __all__ = [
 
 _HOMES = {
     "trimtab.methods": (
+        "IA3",
         "AdaLoRA",
         "Adapter",
+        "BitFit",
         "Full",
         "LoRA",
         "Method",
