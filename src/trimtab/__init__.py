@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from trimtab.methods import (
         Adapter,
+        Bottleneck,
         Full,
         LoRA,
         Method,
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Bottleneck",
     "CannotDetach",
     "CannotMerge",
     "CannotSave",
@@ -62,6 +64,7 @@ __all__ = [
 _HOMES = {
     "trimtab.methods": (
         "Adapter",
+        "Bottleneck",
         "Full",
         "LoRA",
         "Method",

@@ -17,6 +17,7 @@ CONFIGS = {
     "lora-rs": trimtab.LoRA(rank=4, rslora=True, dropout=0.1, train_also=("norms", "head")),
     "lora-warm": trimtab.LoRA(rank=4, warm_start_steps=3),
     "relora": trimtab.ReLoRA(rank=4, restart_every=2),
+    "bottleneck": trimtab.Bottleneck(size=4, targets="all-linear"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

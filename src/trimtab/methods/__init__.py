@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trimtab.methods.attached import activate, adapters
 from trimtab.methods.base import GROUPS, Adapter, AdapterState, Method, StepReport, Trainable
+from trimtab.methods.bottleneck import Bottleneck
 from trimtab.methods.full import Full
 from trimtab.methods.lora import LoRA
 from trimtab.methods.registry import MethodField, attach, load_adapter, parse_method, registry
@@ -13,6 +14,7 @@ __all__ = [
     "GROUPS",
     "Adapter",
     "AdapterState",
+    "Bottleneck",
     "Full",
     "LoRA",
     "Method",
