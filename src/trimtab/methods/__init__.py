@@ -7,6 +7,8 @@ from trimtab.methods.base import GROUPS, Adapter, AdapterState, Method, StepRepo
 from trimtab.methods.bottleneck import Bottleneck
 from trimtab.methods.full import Full
 from trimtab.methods.lora import LoRA
+from trimtab.methods.prefix import PrefixTuning
+from trimtab.methods.prompt import PromptTuning
 from trimtab.methods.registry import MethodField, attach, load_adapter, parse_method, registry
 from trimtab.methods.relora import ReLoRA
 
@@ -19,6 +21,8 @@ __all__ = [
     "LoRA",
     "Method",
     "MethodField",
+    "PrefixTuning",
+    "PromptTuning",
     "ReLoRA",
     "StepReport",
     "Trainable",
