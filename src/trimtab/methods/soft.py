@@ -31,6 +31,13 @@ FIELDS = frozenset(
     | {"modules_to_save"}
 )
 
+#: Heads that PEFT's wrapper of a task trains unasked, and misses in a file without them, by their last name parts.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 
 class SoftPrompt(FrozenBase):
     """Settings of a method with virtual tokens.
@@ -153,15 +160,23 @@ class SoftPromptAdapter(FrozenBaseAdapter):
 
     def _saved(self) -> SavedAdapter:
         full, modules = self._saved_in_full()
+        task = task_type(self.model)
+        full = {**self._head(task), **full}
         config = {
             **self._peft_config(self.config.peft_type),
-            "task_type": task_type(self.model),
+            "task_type": task,
             "num_virtual_tokens": self.config.length,
             "modules_to_save": modules or None,
             **self._peft_fields(),
         }
         tensors = {SAVED: self.prompt()} | {BASE + name: tensor for name, tensor in full.items()}
         return SavedAdapter(config, tensors, self._extra(), prefix="")
+
+    def _head(self, task: str) -> dict[str, Tensor]:
+        """The tensors of a head that PEFT wants in the file for a task, trained or not."""
+        owners = [name for name, _ in self.model.named_modules() if name.rpartition(".")[2] in HEADS.get(task, ())]
+        inside = tuple(f"{name}." for name in owners)
+        return {n: p.detach() for n, p in self._residence.parameters.items() if inside and n.startswith(inside)}
 
     def load(self, saved: SavedAdapter) -> None:
         """Take the tensors of a folder, ours or PEFT's.
@@ -174,8 +189,8 @@ class SoftPromptAdapter(FrozenBaseAdapter):
         (own,) = self.own()
         tensors = {own: self._checked(saved.tensors[SAVED], saved.config)}
         for name, tensor in saved.tensors.items():
-            if name != SAVED:
-                tensors[self._plain_name(name)] = tensor
+            if name != SAVED and not self._is_there(plain := self._plain_name(name), tensor):
+                tensors[plain] = tensor
         renamed = copy.copy(saved)
         renamed.tensors = tensors
         self.load_tensors(renamed, {})
@@ -183,6 +198,11 @@ class SoftPromptAdapter(FrozenBaseAdapter):
     def _checked(self, tensor: Tensor, config: Mapping[str, Any]) -> Tensor:
         """The file's tensor as this adapter holds it."""
         return tensor
+
+    def _is_there(self, name: str, tensor: Tensor) -> bool:
+        """Whether the base has this very tensor: a head that did not train need not train here."""
+        own = self._residence.parameters.get(name)
+        return own is not None and own.shape == tensor.shape and torch.equal(own.detach().cpu(), tensor.to(own.dtype))
 
     def _plain_name(self, name: str) -> str:
         """The model's own name of a tensor: reading takes "base_model.model." off, of which "model." may be its own."""
