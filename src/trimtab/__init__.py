@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import (
+        AdaLoRA,
         Adapter,
         Bottleneck,
         Full,
@@ -28,17 +29,21 @@ if TYPE_CHECKING:
         PromptTuning,
         ReLoRA,
         StepReport,
+        VeRA,
         activate,
         adapters,
         attach,
         load_adapter,
     )
+    from trimtab.models.quantize import quantize
+    from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.optim.schedule import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "Bottleneck",
     "CannotDetach",
@@ -58,15 +63,20 @@ __all__ = [
     "StepReport",
     "TargetError",
     "TrimtabError",
+    "VeRA",
     "activate",
     "adapters",
     "attach",
     "linear_cross_entropy",
     "load_adapter",
+    "load_quantized",
+    "quantize",
+    "save_quantized",
 ]
 
 _HOMES = {
     "trimtab.methods": (
+        "AdaLoRA",
         "Adapter",
         "Bottleneck",
         "Full",
@@ -76,11 +86,14 @@ _HOMES = {
         "PromptTuning",
         "ReLoRA",
         "StepReport",
+        "VeRA",
         "activate",
         "adapters",
         "attach",
         "load_adapter",
     ),
+    "trimtab.models.quantize": ("quantize",),
+    "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.optim.schedule": ("Schedule",),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trimtab.methods.adalora import AdaLoRA
 from trimtab.methods.attached import activate, adapters
 from trimtab.methods.base import GROUPS, Adapter, AdapterState, Method, StepReport, Trainable
 from trimtab.methods.bottleneck import Bottleneck
@@ -11,9 +12,11 @@ from trimtab.methods.prefix import PrefixTuning
 from trimtab.methods.prompt import PromptTuning
 from trimtab.methods.registry import MethodField, attach, load_adapter, parse_method, registry
 from trimtab.methods.relora import ReLoRA
+from trimtab.methods.vera import VeRA
 
 __all__ = [
     "GROUPS",
+    "AdaLoRA",
     "Adapter",
     "AdapterState",
     "Bottleneck",
@@ -26,6 +29,7 @@ __all__ = [
     "ReLoRA",
     "StepReport",
     "Trainable",
+    "VeRA",
     "activate",
     "adapters",
     "attach",
