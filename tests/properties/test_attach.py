@@ -19,6 +19,7 @@ CONFIGS = {
     "lora-patterns": trimtab.LoRA(rank=4, rank_pattern={".*": 3}, alpha_pattern={".*": 2.0}, train_also=("norms",)),
     "lora-warm": trimtab.LoRA(rank=4, warm_start_steps=3),
     "relora": trimtab.ReLoRA(rank=4, restart_every=2),
+    "bottleneck": trimtab.Bottleneck(size=4, targets="all-linear"),
     "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=8, allocate_every=1),
     "ia3": trimtab.IA3(targets="all-linear", feedforward=()),
     "ia3-in": trimtab.IA3(targets=(), feedforward="all-linear"),

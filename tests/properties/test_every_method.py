@@ -16,6 +16,8 @@ from trimtab.nn.weights import is_conv1d
 
 FAMILIES = ("llama", "gpt2", "bert", "t5")
 BASES = ("dense", "nf4")
+#: Families without biases.
+BARE = ("llama", "t5")
 #: Each method with settings that fit models 32 wide, and what is not as usual about it.
 METHODS: dict[str, Callable[[str], trimtab.Method]] = {
     "full": lambda family: trimtab.Full(),
@@ -29,6 +31,11 @@ METHODS: dict[str, Callable[[str], trimtab.Method]] = {
     "adalora": lambda family: trimtab.AdaLoRA(
         rank=3, init_rank=5, total_steps=8, initial_steps=1, final_steps=3, allocate_every=1
     ),
+    "ia3": lambda family: trimtab.IA3(),
+    "bitfit": lambda family: trimtab.BitFit(add_bias=family in BARE),
+    "bottleneck": lambda family: trimtab.Bottleneck(size=4),
+    "prompt": lambda family: trimtab.PromptTuning(length=4),
+    "prefix": lambda family: trimtab.PrefixTuning(length=4),
     "relora": lambda family: trimtab.ReLoRA(rank=4, restart_every=4, train_also=("norms",)),
 }
 #: They train or rewrite the whole base, which 4 bits cannot hold.
@@ -38,10 +45,10 @@ NEEDS_MASTER = {"relora"}
 #: The function at attach is the base's within rounding.
 STARTS_NEAR = {"lora-plus", "lora-pissa"}
 #: The function at attach is another one.
-STARTS_ELSEWHERE: set[str] = set()
+STARTS_ELSEWHERE = {"prompt", "prefix"}
 #: Writes into the base at attach.
 EDITS_AT_ONCE = {"lora-pissa"}
-UNMERGEABLE: set[str] = set()
+UNMERGEABLE = {"bottleneck", "prompt", "prefix"}
 #: The adapter alone does not describe what was trained.
 UNSAVABLE = {"full", "relora", "lora-warm"}
 CASES = [

@@ -161,8 +161,8 @@ class IA3Adapter(FrozenBaseAdapter):
         for bias, value in merged:
             bias.data.copy_(value)
 
-    def _prepare_undo(self) -> None:
-        super()._prepare_undo()
+    def _prepare_undo(self, quantized: bool) -> None:
+        super()._prepare_undo(quantized)
         if self._undo is not None:
             for name, bias, _ in self._biases():
                 self._undo.put(name, bias)
