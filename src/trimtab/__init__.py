@@ -19,18 +19,22 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import (
+        AdaLoRA,
         Adapter,
         Full,
         LoRA,
         Method,
         ReLoRA,
         StepReport,
+        VeRA,
         activate,
         adapters,
         attach,
         combine,
         load_adapter,
     )
+    from trimtab.models.quantize import quantize
+    from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.nn.tied import untie
     from trimtab.optim.schedule import Schedule
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "CannotDetach",
     "CannotMerge",
@@ -54,29 +59,37 @@ __all__ = [
     "StepReport",
     "TargetError",
     "TrimtabError",
+    "VeRA",
     "activate",
     "adapters",
     "attach",
     "combine",
     "linear_cross_entropy",
     "load_adapter",
+    "load_quantized",
+    "quantize",
+    "save_quantized",
     "untie",
 ]
 
 _HOMES = {
     "trimtab.methods": (
+        "AdaLoRA",
         "Adapter",
         "Full",
         "LoRA",
         "Method",
         "ReLoRA",
         "StepReport",
+        "VeRA",
         "activate",
         "adapters",
         "attach",
         "combine",
         "load_adapter",
     ),
+    "trimtab.models.quantize": ("quantize",),
+    "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.nn.tied": ("untie",),
     "trimtab.optim.schedule": ("Schedule",),

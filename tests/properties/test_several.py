@@ -14,6 +14,7 @@ import trimtab
 
 PURE = {
     "lora": trimtab.LoRA(rank=4),
+    "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=9, allocate_every=1),
     "lora-dora": trimtab.LoRA(rank=4, dora=True),
     "lora-orthogonal": trimtab.LoRA(rank=4, init="orthogonal", lora_plus=2),
 }
