@@ -175,8 +175,8 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").touch()
     before = sorted(tmp_path.rglob("*"))
+    base = None if start is None else str(tmp_path / start)
     with pytest.raises(trimtab.TrimtabError, match=message) as said:
-        update = find_update(str(tmp_path / end), None if start is None else str(tmp_path / start))
-        export_delta(update, tmp_path / "out", rank)
+        export_delta(find_update(str(tmp_path / end), base), tmp_path / "out", rank)
     assert "\n" not in str(said.value)
     assert sorted(tmp_path.rglob("*")) == before

@@ -136,4 +136,5 @@ def _rope_factors(config: Any, label: str) -> Tensor | None:
     frequency = rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1.0 / ((1.0 - kept) / rope["factor"] + kept)).float()
+    factors: Tensor = 1.0 / ((1.0 - kept) / rope["factor"] + kept)
+    return factors.float()

@@ -115,10 +115,10 @@ def _split_name(tree: Any, folder: Path) -> str:
     level = steps[-1]
     if level.get("type") == "ByteLevel" and not level.get("add_prefix_space"):
         first = steps[:-1]
-        if not first and level.get("use_regex", True) and not tree.get("normalizer"):
-            return "gpt-2"
-        if len(first) == 1 and first[0]["type"] == "Digits" and first[0]["individual_digits"]:
-            if level.get("use_regex", True) and not tree.get("normalizer"):
+        if level.get("use_regex", True) and not tree.get("normalizer"):
+            if not first:
+                return "gpt-2"
+            if len(first) == 1 and first[0]["type"] == "Digits" and first[0]["individual_digits"]:
                 return "smollm"
         if len(first) == 1 and first[0]["type"] == "Split" and not level.get("use_regex", True):
             name = _SPLITS.get(first[0]["pattern"].get("Regex", ""))
@@ -139,7 +139,7 @@ def _prefix(tree: Any, folder: Path) -> bool:
     steps = (normal or {}).get("normalizers", [normal] if normal else [])
     kinds = [step["type"] for step in steps]
     if before is None and kinds in (["Prepend", "Replace"], ["Replace"]):
-        return kinds[0] == "Prepend"
+        return bool(kinds[0] == "Prepend")
     raise CheckpointError(
         f"{folder}: the tokenizer treats spaces in a way that is not known; use llama.cpp's convert_hf_to_gguf.py"
     )
