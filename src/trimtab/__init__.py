@@ -18,7 +18,18 @@ if TYPE_CHECKING:
         TargetError,
         TrimtabError,
     )
-    from trimtab.methods import Adapter, Full, LoRA, Method, ReLoRA, StepReport, attach, load_adapter
+    from trimtab.methods import (
+        Adapter,
+        Full,
+        LoRA,
+        Method,
+        ReLoRA,
+        StepReport,
+        activate,
+        adapters,
+        attach,
+        load_adapter,
+    )
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.optim.schedule import Schedule
 
@@ -41,13 +52,26 @@ __all__ = [
     "StepReport",
     "TargetError",
     "TrimtabError",
+    "activate",
+    "adapters",
     "attach",
     "linear_cross_entropy",
     "load_adapter",
 ]
 
 _HOMES = {
-    "trimtab.methods": ("Adapter", "Full", "LoRA", "Method", "ReLoRA", "StepReport", "attach", "load_adapter"),
+    "trimtab.methods": (
+        "Adapter",
+        "Full",
+        "LoRA",
+        "Method",
+        "ReLoRA",
+        "StepReport",
+        "activate",
+        "adapters",
+        "attach",
+        "load_adapter",
+    ),
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.optim.schedule": ("Schedule",),
 }

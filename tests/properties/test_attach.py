@@ -109,16 +109,6 @@ def test_detach_refuses_a_base_that_was_narrowed() -> None:
         adapter.detach()
 
 
-def test_a_second_adapter_is_refused_until_the_first_is_gone() -> None:
-    """One adapter is on the training path."""
-    model = tiny_llama()
-    first = trimtab.attach(model, trimtab.LoRA(rank=4), name="one")
-    with pytest.raises(trimtab.ConfigError, match="already has the adapter 'one'"):
-        trimtab.attach(model, trimtab.LoRA(rank=4))
-    first.detach()
-    trimtab.attach(model, trimtab.LoRA(rank=4))
-
-
 def test_a_failed_attach_leaves_the_model_free() -> None:
     """An error in attach changes nothing: the model takes another adapter afterwards."""
     model = tiny_llama()

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from trimtab.methods.base import (
-    GROUPS,
-    Adapter,
-    AdapterState,
-    Method,
-    MethodField,
-    StepReport,
-    Trainable,
-    attach,
-    load_adapter,
-    parse_method,
-    registry,
-)
+from trimtab.methods.attached import activate, adapters
+from trimtab.methods.base import GROUPS, Adapter, AdapterState, Method, StepReport, Trainable
 from trimtab.methods.full import Full
 from trimtab.methods.lora import LoRA
+from trimtab.methods.registry import MethodField, attach, load_adapter, parse_method, registry
 from trimtab.methods.relora import ReLoRA
 
 __all__ = [
@@ -30,6 +20,8 @@ __all__ = [
     "ReLoRA",
     "StepReport",
     "Trainable",
+    "activate",
+    "adapters",
     "attach",
     "load_adapter",
     "parse_method",

@@ -15,18 +15,21 @@ reach methods through `registry()` alone.
 from __future__ import annotations
 
 import abc
+import contextlib
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
-from trimtab.errors import CheckpointError, ConfigError
-from trimtab.methods.folder import read_adapter_folder
+from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError, ConfigError
+from trimtab.methods.attached import Attached, place, record_of
+from trimtab.methods.folder import SavedAdapter, write_adapter_folder
+from trimtab.nn.residence import Residence
 from trimtab.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,10 +40,8 @@ else:
 #: What a trained tensor is, in the order in which `parameter_groups` returns the groups.
 GROUPS = ("adapter", "embedding", "norm", "head", "base")
 
-#: Where a model keeps the adapters attached to it, by their names.
-_ATTACHED = "_trimtab_adapters"
-
-_REGISTRY: dict[str, type[Method]] = {}
+#: The methods by name; read it through `registry.registry()`.
+REGISTRY: dict[str, type[Method]] = {}
 
 
 def group_of(roles: frozenset[str]) -> str:
@@ -89,10 +90,11 @@ class _OneLine(ModelMetaclass):
         try:
             return super().__call__(*args, **kwargs)
         except ValidationError as error:
-            raise _misfit(cls, error) from None
+            raise misfit(cls, error) from None
 
 
-def _misfit(method: Any, error: ValidationError) -> ConfigError:
+def misfit(method: Any, error: ValidationError) -> ConfigError:
+    """The first of a config's mistakes, as one line."""
     first = error.errors()[0]
     key, known = str(first["loc"][0]), list(method.model_fields)
     if first["type"] == "extra_forbidden":
@@ -117,20 +119,32 @@ class Method(Settings, abc.ABC, metaclass=_OneLine):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if not cls.__dict__.get("abstract", False):
-            _REGISTRY[cls.model_fields["name"].default] = cls
+            REGISTRY[cls.model_fields["name"].default] = cls
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        name: str = "default",
+        dtype: torch.dtype | None = None,
+        pure: bool = False,
+        keep_base: str | Path | None = None,
+    ) -> Adapter:
+        """Edit `model` in place and return the live adapter, which is the active one from now on; see `attach`."""
+        return place(model, self, name=name, dtype=dtype, pure=pure, keep_base=keep_base)
 
     @abc.abstractmethod
-    def attach(self, model: nn.Module, *, dtype: torch.dtype | None = None, pure: bool = False) -> Adapter:
-        """Edit `model` in place and return the live adapter.
-
-        Args:
-            model: any module; `model(**batch)` keeps working.
-            dtype: compute dtype, and storage dtype of frozen weights. None keeps each weight's own.
-            pure: hold trained tensors in the compute dtype as well, instead of fp32.
+    def _attach(self, model: nn.Module, residence: Residence) -> Adapter:
+        """Freeze, inject, mark what trains. Whatever can be wrong is found before anything is edited.
 
         Raises:
             TargetError: a target matches nothing that can be adapted.
         """
+
+    @property
+    def writes_base(self) -> str:
+        """The setting by which this method changes tensors of the base; empty when it leaves them alone."""
+        return ""
 
     @property
     def switch_step(self) -> int:
@@ -162,8 +176,12 @@ class Method(Settings, abc.ABC, metaclass=_OneLine):
         """The config of an adapter folder's `adapter_config.json`, or None when it is another method's."""
         return None
 
-    def load_saved(self, adapter: Adapter, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put the tensors of an adapter folder into `adapter`, which this config has just attached."""
+    def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
+        """Put the tensors of an adapter folder into `adapter`, which this config has just attached.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, or of another shape.
+        """
         raise CheckpointError(f"method {self.name} has no adapter files")
 
     def for_pretraining(self, seed: int) -> Method:
@@ -184,6 +202,11 @@ class Adapter(abc.ABC):
         self.config = config
         self._last_step = 0
         self._closed = ""
+
+    @property
+    def writes_base(self) -> str:
+        """As `Method.writes_base`, and what was asked of this adapter since."""
+        return self.config.writes_base
 
     def __repr__(self) -> str:
         trained = sum(entry.parameter.numel() for entry in self.trainable())
@@ -228,8 +251,7 @@ class Adapter(abc.ABC):
                 f"after_step({step}) follows after_step({self._last_step}): it takes the number of completed "
                 f"optimizer steps, each number once and in rising order; the next one is {self._last_step + 1}"
             )
-        if self._closed:
-            raise ValueError(f"after_step({step}): this adapter was {self._closed}; attach a new one to go on")
+        self._require_open(f"after_step({step})")
         report = self._after_step(step, optimizer)
         self._last_step = step
         return report
@@ -276,12 +298,30 @@ class Adapter(abc.ABC):
         """
 
     @abc.abstractmethod
-    def merge(self) -> None:
+    def merge(self, *, quantized: bool = False) -> None:
         """Fold everything into the base, rounded once, and leave a plain model of the compute dtype.
 
+        Args:
+            quantized: keep 4-bit weights in 4 bits, with their rounding, instead of widening them.
+
         Raises:
-            CannotMerge: the method has no merged form.
+            CannotMerge: the method has no merged form, or other adapters are on the model.
         """
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit, and be at work again.
+
+        Raises:
+            CannotDetach: nothing was kept to go back to (`keep_base`), or the model has another adapter now.
+        """
+        raise CannotDetach(f"unmerge: method {self.config.name} cannot be undone")
+
+    def merged_tensor(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What `merge` would make of the base parameter `name`, if its value were `value`; rounded once.
+
+        For merging a checkpoint that is never whole in memory: the adapter may sit on a model on the meta device.
+        """
+        raise CannotMerge(f"method {self.config.name} has no merged form")
 
     @abc.abstractmethod
     def detach(self) -> None:
@@ -291,103 +331,63 @@ class Adapter(abc.ABC):
             CannotDetach: something was written into the base; the message names it and the way out.
         """
 
-    @abc.abstractmethod
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model computes what the base computes.
+
+        Raises:
+            CannotDetach: something was written into the base, and no copy of it is kept.
+        """
+        self._require_open("disabled()")
+        if self.record.adapters.get(self.record.active) is not self:
+            yield  # it is off the model already
+            return
+        self._suspend()
+        try:
+            yield
+        finally:
+            self._resume()
+
+    def _suspend(self) -> None:
+        """Leave the base's function; nothing is lost."""
+        raise CannotDetach(f"method {self.config.name} cannot be switched off")
+
+    def _resume(self) -> None:
+        """Undo `_suspend`."""
+        raise NotImplementedError
+
     def save(self, path: str | Path) -> None:
-        """Write the adapter as a folder that `trimtab.load_adapter` reads, in PEFT's layout where it has one."""
+        """Write the adapter as a folder that `trimtab.load_adapter` reads, in PEFT's layout where it has one.
+
+        Raises:
+            CannotSave: the adapter alone would not describe what was trained.
+        """
+        write_adapter_folder(Path(path), self._saved())
+
+    def _saved(self) -> SavedAdapter:
+        """What `save` writes."""
+        raise CannotSave(f"method {self.config.name} has no adapter to save")
+
+    @property
+    def record(self) -> Attached:
+        """What is attached to the model, this adapter among it."""
+        record = record_of(self.model)
+        assert record is not None
+        return record
+
+    @property
+    def attached_name(self) -> str:
+        """The name under which the adapter is attached."""
+        return next(name for name, adapter in self.record.adapters.items() if adapter is self)
+
+    def _alone(self) -> bool:
+        return len(self.record.adapters) == 1
+
+    def _require_open(self, call: str) -> None:
+        if self._closed:
+            raise ValueError(f"{call}: this adapter was {self._closed}; attach a new one to go on")
 
     def _close(self, how: str) -> None:
-        """The adapter's end: the model is free for another one."""
+        """The adapter's end: its name is free, and with the last adapter the model."""
+        self.record.remove(self.model, self.attached_name)
         self._closed = how
-        attached = self.model.__dict__.get(_ATTACHED, {})
-        for name in [name for name, adapter in attached.items() if adapter is self]:
-            del attached[name]
-
-
-def registry() -> dict[str, type[Method]]:
-    """The known methods by name."""
-    return dict(_REGISTRY)
-
-
-def parse_method(value: Method | Mapping[str, Any]) -> Method:
-    """A config as it is, or one made from a mapping such as `{"name": "relora", "rank": 128}`.
-
-    Raises:
-        ConfigError: the mapping has no known `name`.
-        pydantic.ValidationError: a setting of the named method is unknown or out of range.
-    """
-    if isinstance(value, Method):
-        return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"a method is a config or a mapping with a `name`, got {type(value).__name__}")
-    name = value.get("name")
-    if name not in _REGISTRY:
-        raise ConfigError(f"name: no method is called {name!r}; the methods are {', '.join(sorted(_REGISTRY))}")
-    return _REGISTRY[name].model_validate(dict(value))
-
-
-def _from_user(config: Method | Mapping[str, Any]) -> Method:
-    """As `parse_method`, with every mistake as a ConfigError of one line."""
-    try:
-        return parse_method(config)
-    except ValidationError as error:
-        assert isinstance(config, Mapping)
-        raise _misfit(_REGISTRY[config["name"]], error) from None
-
-
-#: A field of a settings tree that holds any registered method, given as a config or a mapping.
-MethodField = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]
-
-
-def attach(
-    model: nn.Module,
-    config: Method | Mapping[str, Any],
-    *,
-    name: str = "default",
-    dtype: torch.dtype | None = None,
-    pure: bool = False,
-) -> Adapter:
-    """Put a method to work on a model, in place; `model(**batch)` keeps working.
-
-    Args:
-        model: any module with linear layers.
-        config: a method's config, or a mapping such as `{"name": "relora", "restart_every": 1000}`.
-        name: the adapter's name on this model.
-        dtype: compute dtype, and storage dtype of frozen weights; None keeps what each weight has. What
-            trains is held in fp32 in either case.
-        pure: hold what trains in the compute dtype as well (small updates are then lost in bf16).
-
-    Raises:
-        ConfigError: the model already has an adapter, or the mapping is none of a method.
-        TargetError: the targets match nothing that can be adapted.
-    """
-    attached = model.__dict__.setdefault(_ATTACHED, {})
-    if attached:
-        raise ConfigError(
-            f"name={name!r}: the model already has the adapter {next(iter(attached))!r}; merge() or detach() it first"
-        )
-    adapter = _from_user(config).attach(model, dtype=dtype, pure=pure)
-    attached[name] = adapter
-    return adapter
-
-
-def load_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapter:
-    """Attach an adapter folder that `Adapter.save` (or PEFT) wrote.
-
-    Raises:
-        CheckpointError: the folder is missing, damaged, of no known method, or of another base.
-    """
-    saved, tensors = read_adapter_folder(Path(path))
-    for method in _REGISTRY.values():
-        config = method.from_saved(saved)
-        if config is not None:
-            adapter = attach(model, config, name=name)
-            try:
-                config.load_saved(adapter, tensors)
-            except BaseException:
-                adapter.detach()
-                raise
-            return adapter
-    kind = saved.get("peft_type")
-    raise CheckpointError(
-        f"{path}: no known method has peft_type {kind!r}; known methods: {', '.join(sorted(_REGISTRY))}"
-    )

@@ -1,17 +1,26 @@
-"""Adapter folders in PEFT's layout: adapter_config.json and adapter_model.safetensors."""
+"""Adapter folders in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+
+What is ours alone (a sample of the base, a seed, a checksum) lies as JSON in the tensor file's metadata, which
+PEFT passes over.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError
+from trimtab.nn.inject import is_linear
+from trimtab.nn.weights import holder_of
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -19,9 +28,135 @@ TENSOR_FILE = "adapter_model.safetensors"
 #: What PEFT puts before the model's own names in an adapter file.
 PREFIX = "base_model.model."
 
+#: The key of ours in the tensor file's metadata, and that of the base's sample in it.
+OURS, SAMPLE = "trimtab", "base_sample"
 
-def read_adapter_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of an adapter folder, the tensors under the model's own names.
+#: Fields that every PEFT config has and that say nothing about the adapter's function.
+COMMON_FIELDS = frozenset(
+    {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+)
+
+
+@dataclass
+class SavedAdapter:
+    """An adapter as a folder holds it.
+
+    Attributes:
+        config: PEFT's adapter_config.json.
+        tensors: under the model's own names, as PEFT spells them ("...q_proj.lora_A.weight").
+        extra: plain JSON values that are ours alone.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def check_base(self, model: nn.Module, path: str) -> None:
+        """Refuse a model that is clearly not the base that the adapter was trained on.
+
+        Raises:
+            CheckpointError: the sampled weights do not go with the model's.
+        """
+        if SAMPLE not in self.extra:
+            return
+        then = decode_sample(self.extra[SAMPLE])
+        now = base_sample(model)
+        if not len(now) or now.device.type == "meta":
+            return
+        if len(now) != len(then):
+            raise CheckpointError(f"{path}: the adapter is of another base: its linear layers are of other sizes")
+        alike = float(torch.nn.functional.cosine_similarity(now, then, dim=0))
+        if not alike > 0.5:
+            raise CheckpointError(
+                f"{path}: the adapter is of another base: sampled weights agree to {alike:.2f} only (1 is the same "
+                "base, and a 4-bit copy of it gives 0.99); load the checkpoint that it was trained on"
+            )
+
+    def matched(
+        self, suffixes: Mapping[str, str], *, required: Iterable[str], known: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors under the names that the model has for them.
+
+        Args:
+            suffixes: endings of PEFT's names and what ours have instead: {".lora_A.weight": ".lora_A"}.
+            required: names that must be there.
+            known: all names that may be there, with what they are on the model.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, or of another shape.
+        """
+        named = {}
+        for name, tensor in self.tensors.items():
+            ending = next((end for end in suffixes if name.endswith(end)), "")
+            named[name.removesuffix(ending) + suffixes.get(ending, "")] = tensor
+        missing = [name for name in required if name not in named]
+        unknown = [name for name in named if name not in known]
+        if missing or unknown:
+            name, what = (missing[0], "lacks") if missing else (unknown[0], "has, but the model lacks,")
+            raise CheckpointError(f"the adapter is of another base: it {what} {name}")
+        for name, tensor in named.items():
+            if known[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"the adapter is of another base: {name} is {tuple(tensor.shape)} in the file and "
+                    f"{tuple(known[name].shape)} in the model"
+                )
+        return named
+
+
+def refuse_unknown(saved: dict[str, Any], known: Set[str]) -> None:
+    """Refuse a config with fields that we know nothing of, unless they are switched off.
+
+    Raises:
+        CheckpointError: such a field has a value that may change what the adapter computes.
+    """
+    for key, value in saved.items():
+        if key not in known and key not in COMMON_FIELDS and value not in (None, False, "", [], {}):
+            raise CheckpointError(
+                f"the adapter's {key} = {value!r} is not supported: this version does not know the field, which a "
+                "newer PEFT may have written; save the adapter without it, or merge it with the PEFT that made it"
+            )
+
+
+def base_sample(model: nn.Module) -> Tensor:
+    """256 entries of the model's linear weights, in fp32 on the CPU: enough to tell one base from another.
+
+    They stand the rounding to 16 or 4 bits, and are taken from layers in stacks of blocks where there are any,
+    since heads are often exchanged. Take it before anything is attached.
+    """
+    linears = {n: m for n, m in model.named_modules() if is_linear(m)}
+    stacks = tuple(f"{n}." for n, m in model.named_modules() if n and isinstance(m, nn.ModuleList))
+    inside = {n: m for n, m in linears.items() if n.startswith(stacks)} or linears
+    names = sorted(inside)
+    chosen = [names[i * len(names) // 16] for i in range(min(16, len(names)))]
+    parts = []
+    for name in chosen:
+        module = inside[name]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if weight.device.type == "meta":
+            return torch.empty(0)
+        row = holder_of(module).rows(weight, slice(0, 1))[0]
+        at = torch.arange(16, device=row.device) * len(row) // 16
+        parts.append(row[at].detach().float().cpu())
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def encode_sample(sample: Tensor) -> str:
+    """A sample as text: base64 of bf16."""
+    return base64.b64encode(sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).decode()
+
+
+def decode_sample(text: str) -> Tensor:
+    """The inverse of `encode_sample`."""
+    try:
+        raw = bytearray(base64.b64decode(text, validate=True))
+        return torch.frombuffer(raw, dtype=torch.int16).view(torch.bfloat16).float()
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"the adapter's {SAMPLE} is damaged: {error}") from None
+
+
+def read_adapter_folder(path: Path) -> SavedAdapter:
+    """Read an adapter folder.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -37,22 +172,28 @@ def read_adapter_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_file} is not a JSON object")
     try:
-        tensors = load_file(tensor_file)
-    except (SafetensorError, OSError) as error:
+        with safe_open(tensor_file, "pt") as opened:
+            tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            extra = json.loads((opened.metadata() or {}).get(OURS, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{tensor_file} is damaged: {error}") from None
-    return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    if not isinstance(extra, dict):
+        raise CheckpointError(f"{tensor_file} is damaged: its metadata {OURS!r} is no JSON object")
+    return SavedAdapter(config, tensors, extra)
 
 
-def write_adapter_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter folder; `tensors` come under the model's own names.
+def write_adapter_folder(path: Path, saved: SavedAdapter) -> None:
+    """Write an adapter folder.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        contiguous = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, path / TENSOR_FILE, metadata={"format": "pt"})
-        (path / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        contiguous = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
+        metadata = {"format": "pt", OURS: json.dumps(saved.extra, sort_keys=True)}
+        save_file(contiguous, path / TENSOR_FILE, metadata=metadata)
+        text = json.dumps(saved.config, indent=2, sort_keys=True) + "\n"
+        (path / CONFIG_FILE).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the adapter cannot be written to {path}: {error}") from None

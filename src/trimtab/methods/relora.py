@@ -19,7 +19,9 @@ from torch import nn
 
 from trimtab.errors import TrimtabError
 from trimtab.methods.base import StepReport
-from trimtab.methods.lora import LoRA, LoRAAdapter, Role
+from trimtab.methods.frozen import Role
+from trimtab.methods.lora import LoRA, LoRAAdapter
+from trimtab.nn.residence import Residence
 from trimtab.optim.reset import ResetMode, reset_state
 
 
@@ -70,8 +72,12 @@ class ReLoRA(LoRA):
         given = [key for key in ("reset_ratio", "reset_reference") if getattr(self, key) != fields[key].default]
         return dict.fromkeys(given, f"reset is {self.reset}")
 
-    def attach(self, model: nn.Module, *, dtype: torch.dtype | None = None, pure: bool = False) -> ReLoRAAdapter:
-        return ReLoRAAdapter(model, self, dtype, pure)
+    @property
+    def writes_base(self) -> str:
+        return f"restart_every={self.restart_every}"
+
+    def _attach(self, model: nn.Module, residence: Residence) -> ReLoRAAdapter:
+        return ReLoRAAdapter(model, self, residence)
 
 
 class ReLoRAAdapter(LoRAAdapter):
@@ -132,6 +138,7 @@ class ReLoRAAdapter(LoRAAdapter):
 
     def _restart(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         began = time.perf_counter()
+        self._residence.edit(f"{name}.weight" for name in self.layers)
         for layer in self.layers.values():
             layer.merge_()
         self._restart_count += 1

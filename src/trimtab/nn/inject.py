@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from trimtab.errors import TargetError
-from trimtab.nn.precision import is_conv1d
+from trimtab.nn.weights import Holder, is_conv1d
 
 ALL_LINEAR = "all-linear"
 
@@ -35,8 +35,8 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a layer can be adapted: exactly nn.Linear (a subclass may not call its forward) or Conv1D."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    """Whether a layer can be adapted: exactly nn.Linear (a subclass may not call its forward), Conv1D, or quantised."""
+    return type(module) is nn.Linear or is_conv1d(module) or isinstance(getattr(module, "holder", None), Holder)
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Module]:

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.nn.adapted import Adapted
 from trimtab.nn.precision import compute_dtype_of
-from trimtab.nn.weights import Dense
+from trimtab.nn.weights import Holder
 
 Context = Any
 
@@ -44,7 +45,7 @@ class _LoRAFunction(torch.autograd.Function):
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
-        base: Dense,
+        base: Holder,
         scale: float,
         dropout: float,
     ) -> Tensor:
@@ -89,7 +90,7 @@ def lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     *,
-    base: Dense,
+    base: Holder,
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -111,18 +112,15 @@ def lora_linear(
     return out.view(*x.shape[:-1], lora_B.shape[0])
 
 
-class LoRAMixin:
-    """What an adapted layer has beside its frozen weight; the layer's class is swapped in place."""
+class LoRAMixin(Adapted):
+    """A linear layer with a LoRA branch beside its frozen weight."""
 
-    weight: Any
-    bias: Any
+    label = "LoRA"
+    parts = ("lora_A", "lora_B")
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    base: Dense
     scale: float
     dropout: float
-    training: bool
-    plain_class: type[nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_linear(
@@ -136,37 +134,9 @@ class LoRAMixin:
             dropout=self.dropout if self.training else 0.0,
         )
 
-    @torch.no_grad()
-    def effective_weight(self) -> Tensor:
-        """W + carry + s B A in fp32, of shape (out, in), on the CPU."""
-        value = torch.cat([self._sum(block).float().cpu() for block in self.base.row_blocks(self.weight)])
-        return value.t().contiguous() if self.base.transposed else value
-
-    @torch.no_grad()
-    def merge_(self) -> None:
-        """W + carry += s B A, a block of rows at a time; A and B are left as they are."""
-        for block in self.base.row_blocks(self.weight):
-            self.base.write_rows(self.weight, block, self._sum(block))
-
-    def _sum(self, block: slice) -> Tensor:
-        """W + carry + s B A of a block of stored rows, in float64, so that storing it is the only rounding.
-
-        The product is a few parts in a thousand of a training step's work even where float64 is slow, and
-        no setting of the user (TF32, bf16 in oneDNN) applies to it. MPS has no float64 and sums in fp32.
-        """
-        wide = torch.float32 if self.weight.device.type == "mps" else torch.float64
-        left, right = self.lora_B.to(wide), self.lora_A.to(wide)
-        if self.base.transposed:
-            left, right = right.t(), left.t()
-        return self.base.rows(self.weight, block).to(wide).addmm_(left[block], right, alpha=self.scale)
-
-
-class LoRALinear(LoRAMixin, nn.Linear):
-    """An nn.Linear with a LoRA branch."""
-
-
-class LoRAConv1D(LoRAMixin, nn.Module):
-    """GPT-2's Conv1D, whose weight is (in, out), with a LoRA branch."""
+    def merged_rows(self, rows: Tensor, block: slice) -> Tensor:
+        """W + carry + s B A."""
+        return rows.addmm_(self.lora_B[block].to(rows), self.lora_A.to(rows), alpha=self.scale)
 
 
 def draw_a(a: Tensor, generator: torch.Generator | None) -> None:
@@ -180,24 +150,3 @@ def draw_a(a: Tensor, generator: torch.Generator | None) -> None:
     drawn = torch.empty(a.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
     with torch.no_grad():
         a.copy_(drawn)
-
-
-def adapt(module: nn.Module, *, rank: int, scale: float, dropout: float, base: Dense, dtype: torch.dtype) -> None:
-    """Turn an nn.Linear or Conv1D into an adapted layer in place: A empty, B = 0, both of `dtype`."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    out_features, in_features = reversed(weight.shape) if base.transposed else weight.shape
-    plain = type(module)
-    module.__class__ = LoRAConv1D if base.transposed else LoRALinear
-    module.__dict__.update(plain_class=plain, base=base, scale=scale, dropout=dropout)
-    module.lora_A = nn.Parameter(torch.zeros(rank, in_features, dtype=dtype, device=weight.device))
-    module.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=weight.device))
-
-
-def strip(module: nn.Module) -> None:
-    """Take the adapter off a layer; its weight is left as it stands."""
-    plain = module.__dict__.pop("plain_class")
-    del module.lora_A, module.lora_B
-    for name in ("base", "scale", "dropout"):
-        del module.__dict__[name]
-    module.__class__ = plain

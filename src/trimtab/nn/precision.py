@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.nn.swap import Swapped, put_on, take_off
+from trimtab.nn.weights import is_conv1d
+
 Context = Any  # the context object of torch.autograd.Function has no useful static type
 
 
@@ -65,15 +68,11 @@ def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None, own: torch.dtype
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-class _Held:
+class _Held(Swapped):
     """Mixin of a module whose own parameters are fp32 and computed in another dtype."""
 
-    trimtab_plain_class: type[nn.Module]
+    label = "Held"
     trimtab_dtype: torch.dtype
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Held classes are made on the fly, so a pickle (for a spawned process) names what they are made of."""
-        return _blank, (self.trimtab_plain_class, type(self).__mro__[1]), self.__dict__
 
 
 class _HeldLinear(_Held):
@@ -116,27 +115,6 @@ class _HeldAny(_Held):
                 del module.__dict__[name]
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D: a linear layer with a weight of shape (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
-
-
-_HELD_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _held_class(plain: type[nn.Module], mixin: type[_Held]) -> type[nn.Module]:
-    """One subclass for each module class, so that modules of one class stay of one class."""
-    if plain not in _HELD_CLASSES:
-        _HELD_CLASSES[plain] = type(f"Held{plain.__name__}", (mixin, plain), {"__module__": __name__})
-    return _HELD_CLASSES[plain]
-
-
-def _blank(plain: type[nn.Module], mixin: type[_Held]) -> nn.Module:
-    """An empty instance of a held class, for unpickling."""
-    held = _held_class(plain, mixin)
-    return held.__new__(held)
-
-
 def hold(module: nn.Module, dtype: torch.dtype) -> None:
     """Let `module` compute in `dtype` whichever of its own parameters are held in fp32."""
     if dtype in (torch.float32, torch.float64) or isinstance(module, _Held):
@@ -150,14 +128,12 @@ def hold(module: nn.Module, dtype: torch.dtype) -> None:
         mixin = _HeldEmbedding
     else:
         mixin = _HeldAny
-    plain = type(module)
-    module.__class__ = _held_class(plain, mixin)
-    module.__dict__["trimtab_plain_class"] = plain
+    put_on(module, mixin)
     module.__dict__["trimtab_dtype"] = dtype
 
 
 def release(module: nn.Module) -> None:
     """Give a held module its own class back; the dtype of its parameters is the caller's to set."""
     if isinstance(module, _Held):
-        module.__class__ = module.__dict__.pop("trimtab_plain_class")
+        take_off(module, _Held)
         del module.__dict__["trimtab_dtype"]

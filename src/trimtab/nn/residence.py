@@ -8,7 +8,7 @@ moves tensors between the two, in place, and at the end gives everything back.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,15 @@ def _disarm_fused_encoders(model: nn.Module) -> list[tuple[nn.Module, str, Any]]
     return armed
 
 
+class Keep(Protocol):
+    """Where copies of base tensors lie (see `methods.keep`)."""
+
+    def __contains__(self, name: str) -> bool: ...
+    def put(self, name: str, tensor: Tensor) -> None: ...
+    def get(self, name: str) -> Tensor: ...
+    def drop(self) -> None: ...
+
+
 class Residence:
     """The dtype, the carry and the `requires_grad` of each parameter of `model`, tied ones once.
 
@@ -53,14 +62,21 @@ class Residence:
         model: any module; its parameters' names and identities never change here.
         dtype: compute dtype, and storage dtype of what is frozen; None keeps each parameter's own.
         pure: hold trained tensors in the compute dtype as well.
+        kept: where to keep a copy of each tensor that is trained, narrowed or written into; None keeps none.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, pure: bool) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None = None, pure: bool = False, kept: Keep | None = None
+    ) -> None:
         self.pure = pure
+        self.dtype = dtype
         self.parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
         self._plain = {name: (p.dtype, p.requires_grad) for name, p in self.parameters.items()}
         self.compute = {name: dtype or p.dtype for name, p in self.parameters.items()}
         self.carries: dict[str, Tensor] = {}
+        self.kept = kept
+        self._edited: set[str] = set()
+        self._live: dict[str, Tensor] = {}
         self._fingerprints: dict[str, tuple[int, float] | None] = {}
         self._armed = _disarm_fused_encoders(model)
         self._owners: dict[int, list[nn.Module]] = {}
@@ -69,12 +85,27 @@ class Residence:
                 if parameter is not None:
                     self._owners.setdefault(id(parameter), []).append(module)
 
+    @property
+    def trained(self) -> list[str]:
+        """The names of the base's tensors that train now."""
+        return [name for name in self.parameters if name in self._fingerprints]
+
+    def compute_dtype(self, name: str, module: nn.Module) -> torch.dtype:
+        """The dtype that a linear layer called `name` computes in."""
+        own: torch.dtype | None = getattr(module, "compute_dtype", None)
+        return self.compute.get(f"{name}.weight") or own or self.dtype or torch.get_default_dtype()
+
+    def held_dtype(self, compute: torch.dtype) -> torch.dtype:
+        """The dtype in which a tensor that trains is held, where its layer computes in `compute`."""
+        return compute if self.pure else torch.promote_types(compute, torch.float32)
+
     def train(self, names: Iterable[str]) -> None:
         """Let these parameters train: fp32 (unless `pure`), cast by their modules."""
         for name in names:
             parameter, compute = self.parameters[name], self.compute[name]
+            self._keep(name)
             parameter.requires_grad_(True)
-            parameter.data = parameter.data.to(compute if self.pure else torch.promote_types(compute, torch.float32))
+            parameter.data = parameter.data.to(self.held_dtype(compute))
             if not self.pure:
                 for owner in self._owners[id(parameter)]:
                     hold(owner, compute)
@@ -86,11 +117,14 @@ class Residence:
             parameter = self.parameters[name]
             parameter.requires_grad_(False)
             parameter.grad = None
+            if name in self.written_in_training([name]):
+                self._edited.add(name)
             self._fingerprints.pop(name, None)
             compute = self.compute[name]
             if torch.promote_types(parameter.dtype, compute) == compute:
                 parameter.data = parameter.data.to(compute)  # nothing is lost
             else:
+                self._keep(name)
                 parameter.data, carry = narrow_with_carry(parameter.data, compute)
                 if not self.pure:
                     self.carries[name] = carry
@@ -98,25 +132,89 @@ class Residence:
                 if not any(p is not None and p.requires_grad for p in owner._parameters.values()):
                     release(owner)
 
-    def written(self) -> list[str]:
-        """The trained parameters that something was written into since they began to train."""
-        return [name for name, mark in self._fingerprints.items() if _fingerprint(self.parameters[name]) != mark]
+    def _keep(self, name: str) -> None:
+        if self.kept is not None and name not in self.kept:
+            self.kept.put(name, self.parameters[name])
+
+    def edit(self, names: Iterable[str], *, kept: Keep | None = None) -> None:
+        """Say that these frozen parameters are about to be written into; call it before.
+
+        Args:
+            names: of the parameters; a quantised weight, which is not in `parameters`, may be among them.
+            kept: where to keep copies from now on, if the residence keeps none.
+        """
+        self.kept = self.kept if self.kept is not None else kept
+        for name in names:
+            if name in self.parameters:
+                self._keep(name)
+            self._edited.add(name)
+
+    def written_in_training(self, names: Iterable[str]) -> list[str]:
+        """Those of the parameters that something was written into since they began to train."""
+        marks = self._fingerprints
+        return [name for name in names if name in marks and _fingerprint(self.parameters[name]) != marks[name]]
+
+    def changed(self) -> list[str]:
+        """The parameters that were written into, by training or by `edit`."""
+        trained = set(self.written_in_training(list(self._fingerprints)))
+        return [
+            *(n for n in self.parameters if n in self._edited or n in trained),
+            *(self._edited - set(self.parameters)),
+        ]
+
+    def lost(self) -> list[str]:
+        """The parameters that were written into and of which no copy is kept."""
+        return [name for name in self.changed() if self.kept is None or name not in self.kept]
 
     def narrowed(self) -> list[str]:
-        """The frozen parameters that are stored in fewer bits than the model came with."""
+        """The frozen parameters that are stored in fewer bits than the model came with, and not kept."""
         return [
             name
             for name, p in self.parameters.items()
-            if name not in self._fingerprints and torch.promote_types(p.dtype, self._plain[name][0]) != p.dtype
+            if name not in self._fingerprints
+            and torch.promote_types(p.dtype, self._plain[name][0]) != p.dtype
+            and (self.kept is None or name not in self.kept)
         ]
+
+    def show_base(self) -> None:
+        """Put the kept values in the place of all that was written, until `hide_base`; parameters stay themselves."""
+        for name in self.changed():
+            if name in self.parameters:
+                assert self.kept is not None
+                parameter = self.parameters[name]
+                self._live[name] = parameter.data
+                parameter.data = self.kept.get(name).to(parameter.device, parameter.dtype)
+
+    def hide_base(self) -> None:
+        """Put back what `show_base` took away."""
+        for name, live in self._live.items():
+            self.parameters[name].data = live
+        self._live.clear()
+
+    def take_back(self, trained: Iterable[str], values: Keep) -> None:
+        """Undo `settle`: the `trained` train again, the others are frozen, and those in `values` have these values."""
+        wanted = set(trained)
+        self.freeze(name for name in self.parameters if name not in wanted)
+        for name, parameter in self.parameters.items():
+            if name in values:
+                parameter.data = values.get(name).to(parameter.device)
+        self.train(name for name in self.parameters if name in wanted)
+        for module, attribute, value in self._armed:
+            setattr(module, attribute, type(value)(0))
 
     def settle(self) -> None:
         """Leave a plain model in the compute dtype: every parameter rounded once, no module held."""
+        self._edited.update(self.changed())
         self._leave(self.compute)
 
     def restore(self) -> None:
-        """Leave the model as it came, its dtypes included; exact if nothing was written or narrowed."""
+        """Leave the model as it came, its dtypes included; exact if nothing was lost or narrowed."""
+        for name in self.parameters:
+            if self.kept is not None and name in self.kept:
+                self.parameters[name].data = self.kept.get(name).to(self.parameters[name].device)
         self._leave({name: dtype for name, (dtype, _) in self._plain.items()})
+        if self.kept is not None:
+            self.kept.drop()
 
     def _leave(self, dtypes: dict[str, torch.dtype]) -> None:
         for name, parameter in self.parameters.items():
@@ -127,4 +225,5 @@ class Residence:
                 release(owner)
         for module, attribute, value in self._armed:
             setattr(module, attribute, value)
+        self._fingerprints.clear()
         self.carries.clear()

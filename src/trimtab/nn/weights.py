@@ -13,11 +13,15 @@ fp16 weight it is the difference itself, in bf16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import abc
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from trimtab.nn.swap import Swapped
 
 #: Entries that a merge works on at a time (64 MiB in float64): a merge never holds a second copy of a weight.
 MERGE_CHUNK = 1 << 23
@@ -57,7 +61,50 @@ def narrow_with_carry(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return narrow, carry
 
 
-class Dense:
+class Holder(abc.ABC):
+    """How a frozen weight is stored. Rows are output rows, and values are (rows, in), whatever the storage.
+
+    A holder is handed the layer's `weight` parameter in each call; it owns nothing but the carry.
+    """
+
+    #: The weight is stored in fewer bits than anything computes in.
+    quantized: ClassVar[bool] = False
+    #: What rounding lost, in the weight's stored shape; None stands for nothing.
+    carry: Tensor | None = None
+
+    @abc.abstractmethod
+    def matmul(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W' + b in x's dtype, for x (T, in); the result is (T, out) and fresh."""
+
+    @abc.abstractmethod
+    def grad_input(self, weight: Tensor, g: Tensor) -> Tensor:
+        """The gradient (T, in) of the input for a gradient `g` (T, out) of the output: g W."""
+
+    @abc.abstractmethod
+    def grad_weight(self, x: Tensor, g: Tensor) -> Tensor:
+        """The gradient of the weight in its stored shape, should somebody let it train: g' x."""
+
+    @abc.abstractmethod
+    def row_blocks(self, weight: Tensor) -> Iterator[slice]:
+        """Blocks of output rows, each small enough to be worked on in float64."""
+
+    @abc.abstractmethod
+    def rows(self, weight: Tensor, block: slice) -> Tensor:
+        """The value (rows, in) of a block, carry included, in fp32 or wider, on the weight's device; fresh."""
+
+    @abc.abstractmethod
+    def write_rows(self, weight: Tensor, block: slice, value: Tensor) -> None:
+        """Store a `value` (rows, in) of a block, rounded to nearest; what that loses is carried."""
+
+    def widen(self, module: nn.Module, weight: Tensor) -> Callable[[], None]:
+        """Let `module`, whose weight this holds in few bits, hold the dense `weight` (out, in) instead.
+
+        Returns a function that undoes it, bit for bit. Only a quantised holder has something to widen.
+        """
+        raise TypeError(f"the weight of {type(module).__name__} is dense already")
+
+
+class Dense(Holder):
     """A frozen weight held as one tensor of the compute dtype (bf16, fp16 or fp32).
 
     Args:
@@ -72,39 +119,62 @@ class Dense:
         self.exact = exact
 
     def matmul(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W' + b in x's dtype, for x (T, in); the result is (T, out) and fresh."""
         w = weight.to(x.dtype)
         return F.linear(x, w.t() if self.transposed else w, None if bias is None else bias.to(x.dtype))
 
     def grad_input(self, weight: Tensor, g: Tensor) -> Tensor:
-        """The gradient (T, in) of the input for a gradient `g` (T, out) of the output: g W."""
         w = weight.to(g.dtype)
         return g @ (w.t() if self.transposed else w)
 
     def grad_weight(self, x: Tensor, g: Tensor) -> Tensor:
-        """The gradient of the weight in its stored shape, should somebody let it train: g' x."""
         return x.t() @ g if self.transposed else g.t() @ x
 
+    def _by_output(self, stored: Tensor) -> Tensor:
+        """A view of a weight or carry as (out, in)."""
+        return stored.t() if self.transposed else stored
+
     def row_blocks(self, weight: Tensor) -> Iterator[slice]:
-        """Blocks of stored rows, each small enough to be worked on in float64."""
-        rows, columns = weight.shape
+        rows, columns = self._by_output(weight).shape
         height = max(1, MERGE_CHUNK // max(1, columns))
         for start in range(0, rows, height):
             yield slice(start, min(start + height, rows))
 
     def rows(self, weight: Tensor, block: slice) -> Tensor:
-        """The value W + carry of a block of stored rows, in fp32 or wider, on the weight's device; fresh."""
-        stored = weight[block]
+        stored = self._by_output(weight)[block].contiguous()
         if self.carry is None:
             return stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
-        return join(stored, self.carry[block].to(stored.device))
+        return join(stored, self._by_output(self.carry)[block].to(stored.device).contiguous())
 
     def write_rows(self, weight: Tensor, block: slice, value: Tensor) -> None:
-        """Store a `value` of a block of stored rows, rounded to nearest; what a 16-bit dtype loses is carried."""
+        target = self._by_output(weight)
         if not self.exact or weight.dtype not in (torch.bfloat16, torch.float16):
-            weight[block] = value.to(weight.dtype)
+            target[block] = value.to(weight.dtype)
             return
         if self.carry is None:
             self.carry = zero_carry(weight)
-        weight[block], lost = split(value.float(), weight.dtype)
-        self.carry[block] = lost.to(self.carry.device)
+        target[block], lost = split(value.float(), weight.dtype)
+        self._by_output(self.carry)[block] = lost.to(self.carry.device)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D: a linear layer with a weight of shape (in, out)."""
+    cls = type(module)
+    while issubclass(cls, Swapped):
+        cls = cls.swap_plain
+    return cls.__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
+
+
+def holder_of(module: nn.Module, *, carry: Tensor | None = None, exact: bool = True) -> Holder:
+    """How a linear layer holds its weight: its own `holder`, where a layer brings one, else `Dense`."""
+    own = getattr(module, "holder", None)
+    return own if isinstance(own, Holder) else Dense(transposed=is_conv1d(module), carry=carry, exact=exact)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer however it stores its weight; (num, dim) of an embedding."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    first, second = weight.shape
+    return (second, first) if is_conv1d(module) else (first, second)

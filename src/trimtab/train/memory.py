@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import nn
 
 from trimtab.config import OptimConfig
-from trimtab.methods.base import GROUPS, Adapter, Method, attach
+from trimtab.methods.base import GROUPS, Adapter, Method
+from trimtab.methods.registry import attach
 
 
 def phase_row(adapter: Adapter, optim: OptimConfig, phase: str, from_step: int) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from trimtab.data.batches import TrainBatches, validation_batches
 from trimtab.data.tokens import TokenStore, build_store, store_folder
 from trimtab.errors import CheckpointError, ConfigError, DataError, TrimtabError
 from trimtab.loadconfig import dump_config
-from trimtab.methods.base import Adapter, attach
+from trimtab.methods.base import Adapter
+from trimtab.methods.registry import attach
 from trimtab.models.load import build_model
 from trimtab.optim.build import build_optimizer
 from trimtab.optim.schedule import Schedule

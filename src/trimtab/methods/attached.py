@@ -1,0 +1,135 @@
+"""What is attached to a model: its adapters by name, at most one of them at work, and what they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from trimtab.errors import ConfigError
+from trimtab.methods.keep import Kept
+from trimtab.nn.residence import Residence
+
+if TYPE_CHECKING:
+    from trimtab.methods.base import Adapter, Method
+
+_ATTRIBUTE = "_trimtab_adapters"
+
+
+@dataclass
+class Attached:
+    """The adapters on a model by name, the name of the active one ("" for none), and their shared residence."""
+
+    residence: Residence
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: str = ""
+
+    def remove(self, model: nn.Module, name: str) -> None:
+        """Free a name, and with the last one the model."""
+        del self.adapters[name]
+        self.active = "" if self.active == name else self.active
+        if not self.adapters:
+            del model.__dict__[_ATTRIBUTE]
+
+    def put_back(self, model: nn.Module, name: str, adapter: Adapter) -> None:
+        """Let an adapter that was removed be the one on a model that has none."""
+        self.adapters, self.active = {name: adapter}, name
+        model.__dict__[_ATTRIBUTE] = self
+
+
+def record_of(model: nn.Module) -> Attached | None:
+    """What is attached to a model, or None."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def place(
+    model: nn.Module,
+    config: Method,
+    *,
+    name: str,
+    dtype: torch.dtype | None,
+    pure: bool,
+    keep_base: str | Path | None,
+) -> Adapter:
+    """Attach a config to a model under a name, as `registry.attach` says."""
+    record = record_of(model)
+    if record is None:
+        record = Attached(Residence(model, dtype, pure, None if keep_base is None else Kept(keep_base)))
+    else:
+        _refuse_beside(record, name, config, dtype, pure, keep_base)
+    before, record.active = record.active, ""
+    if before:
+        record.adapters[before]._suspend()
+    try:
+        adapter = config._attach(model, record.residence)
+    except BaseException:
+        if not record.adapters:
+            record.residence.restore()
+        elif before:
+            record.adapters[before]._resume()
+            record.active = before
+        raise
+    model.__dict__[_ATTRIBUTE] = record
+    record.adapters[name] = adapter
+    record.active = name
+    return adapter
+
+
+def _refuse_beside(
+    record: Attached, name: str, config: Method, dtype: torch.dtype | None, pure: bool, keep_base: str | Path | None
+) -> None:
+    """Whether an adapter can come beside those that are there."""
+    if name in record.adapters:
+        raise ConfigError(
+            f"name={name!r}: the model already has an adapter {name!r}; "
+            "merge() or detach() it first, or give another name"
+        )
+    for other, adapter in record.adapters.items():
+        if adapter.writes_base:
+            raise ConfigError(
+                f"name={name!r}: the model already has the adapter {other!r}, which changes base tensors "
+                f"({adapter.writes_base}); merge() or detach() it first"
+            )
+    if config.writes_base:
+        raise ConfigError(
+            f"name={name!r}: {config.name} changes base tensors ({config.writes_base}), and the model already has the "
+            f"adapter {next(iter(record.adapters))!r}; merge() or detach() it first"
+        )
+    if dtype is not None and dtype != record.residence.dtype:
+        raise ConfigError(f"dtype={dtype}: the model's adapters compute in {record.residence.dtype}; leave dtype out")
+    if pure != record.residence.pure:
+        raise ConfigError(f"pure={pure}: the model's adapters were attached with pure={record.residence.pure}")
+    if keep_base is not None and record.residence.kept is None:
+        raise ConfigError("keep_base: give it with the first adapter of a model")
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters on a model by name."""
+    record = record_of(model)
+    return dict(record.adapters) if record else {}
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Let the adapter called `name` be the one at work; None leaves the base alone at work.
+
+    Raises:
+        ConfigError: no adapter has that name.
+        CannotDetach: the one at work wrote into the base, and no copy is kept.
+    """
+    record = record_of(model)
+    known = adapters(model)
+    if name is not None and name not in known:
+        raise ConfigError(
+            f"name={name!r}: the model has no such adapter; it has {', '.join(map(repr, known)) or 'none'}"
+        )
+    if record is None or record.active == (name or ""):
+        return
+    if record.active:
+        known[record.active]._suspend()
+        record.active = ""
+    if name is not None:
+        known[name]._resume()
+        record.active = name

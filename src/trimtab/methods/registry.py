@@ -1,0 +1,111 @@
+"""The methods by name, and the ways to put one on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+from torch import nn
+
+from trimtab.errors import CheckpointError, ConfigError
+from trimtab.methods.attached import activate, record_of
+from trimtab.methods.base import REGISTRY, Adapter, Method, misfit
+from trimtab.methods.folder import read_adapter_folder
+
+
+def registry() -> dict[str, type[Method]]:
+    """The known methods by name."""
+    return dict(REGISTRY)
+
+
+def parse_method(value: Method | Mapping[str, Any]) -> Method:
+    """A config as it is, or one made from a mapping such as `{"name": "relora", "rank": 128}`.
+
+    Raises:
+        ConfigError: the mapping has no known `name`.
+        pydantic.ValidationError: a setting of the named method is unknown or out of range.
+    """
+    if isinstance(value, Method):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"a method is a config or a mapping with a `name`, got {type(value).__name__}")
+    name = value.get("name")
+    if name not in REGISTRY:
+        raise ConfigError(f"name: no method is called {name!r}; the methods are {', '.join(sorted(REGISTRY))}")
+    return REGISTRY[name].model_validate(dict(value))
+
+
+def _from_user(config: Method | Mapping[str, Any]) -> Method:
+    """As `parse_method`, with every mistake as a ConfigError of one line."""
+    try:
+        return parse_method(config)
+    except ValidationError as error:
+        assert isinstance(config, Mapping)
+        raise misfit(REGISTRY[config["name"]], error) from None
+
+
+#: A field of a settings tree that holds any registered method, given as a config or a mapping.
+MethodField = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]
+
+
+def attach(
+    model: nn.Module,
+    config: Method | Mapping[str, Any],
+    *,
+    name: str = "default",
+    dtype: torch.dtype | None = None,
+    pure: bool = False,
+    keep_base: str | Path | None = None,
+) -> Adapter:
+    """Put a method to work on a model, in place; `model(**batch)` keeps working.
+
+    Several adapters may be on a model if none of them changes base tensors; the one attached last is active, and
+    `activate` switches.
+
+    Args:
+        model: any module with linear layers.
+        config: a method's config, or a mapping such as `{"name": "relora", "restart_every": 1000}`.
+        name: the adapter's name on this model.
+        dtype: compute dtype, and storage dtype of frozen weights; None keeps what each weight has. What
+            trains is held in fp32 in either case.
+        pure: hold what trains in the compute dtype as well (small updates are then lost in bf16).
+        keep_base: "host", or a folder: where to keep a copy of every base tensor that is written into, so that
+            `detach`, `disabled` and `unmerge` can give it back. None keeps none.
+
+    Raises:
+        ConfigError: the name is taken, the adapters would change the same base, or the mapping is none of a method.
+        TargetError: the targets match nothing that can be adapted.
+    """
+    return _from_user(config).attach(model, name=name, dtype=dtype, pure=pure, keep_base=keep_base)
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, *, name: str = "default", keep_base: str | Path | None = None
+) -> Adapter:
+    """Attach an adapter folder that `Adapter.save` (or PEFT) wrote, as `attach` does.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged, of no known method, or of another base.
+    """
+    saved = read_adapter_folder(Path(path))
+    for method in REGISTRY.values():
+        config = method.from_saved(saved.config)
+        if config is not None:
+            saved.check_base(model, str(path))
+            record = record_of(model)
+            before = record.active if record else ""
+            adapter = config.attach(model, name=name, keep_base=keep_base)
+            try:
+                config.load_saved(adapter, saved)
+            except BaseException:
+                adapter.detach()
+                activate(model, before or None)
+                raise
+            return adapter
+    kind = saved.config.get("peft_type")
+    raise CheckpointError(
+        f"{path}: no known method has peft_type {kind!r}; known methods: {', '.join(sorted(REGISTRY))}"
+    )

@@ -1,0 +1,175 @@
+"""Named adapters, switching them off and on, merging and taking it back, and bases that are kept."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from models_for_tests import MODELS, logits, loss_of, tiny_llama, token_ids, train
+from torch import nn
+
+import trimtab
+
+PURE = {"lora": trimtab.LoRA(rank=4)}
+EDITING = {
+    "full": trimtab.Full(),
+    "lora-also": trimtab.LoRA(rank=4, train_also=("norms", "head")),
+    "lora-warm": trimtab.LoRA(rank=4, warm_start_steps=2),
+    "relora": trimtab.ReLoRA(rank=4, restart_every=2, train_also=("norms",)),
+}
+ALL = PURE | EDITING
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def trained(model: nn.Module, config: object, **kwargs: object) -> trimtab.Adapter:
+    adapter = trimtab.attach(model, config, **kwargs)  # type: ignore[arg-type]
+    train(model, adapter, torch.optim.AdamW(adapter.parameter_groups(lr=1e-2)), range(1, 6))
+    return adapter
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    now, then = a.state_dict(), b.state_dict()
+    return list(now) == list(then) and all(torch.equal(now[k], then[k]) and now[k].dtype == then[k].dtype for k in now)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ["host", "folder"])
+@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize("family", MODELS)
+def test_a_kept_base_comes_back_bit_for_bit(family: str, config: str, where: str, dtype: str, tmp_path: Path) -> None:
+    """With keep_base, detach restores what training and restarts wrote into, narrowed weights included."""
+    model = MODELS[family]()
+    before = copy.deepcopy(model)
+    keep = "host" if where == "host" else tmp_path / "kept"
+    adapter = trained(model, ALL[config], keep_base=keep, dtype=DTYPES[dtype])
+    assert not torch.equal(logits(model, token_ids()).float(), logits(before, token_ids()).float())
+    adapter.detach()
+    assert same(model, before)
+    assert not (tmp_path / "kept").exists() or not list((tmp_path / "kept").iterdir())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize("family", MODELS)
+def test_unmerge_takes_a_merge_back(family: str, config: str, dtype: str) -> None:
+    """After merge and unmerge state, function and trained tensors are as before the merge, and training goes on."""
+    model = MODELS[family]()
+    adapter = trained(model, ALL[config], keep_base="host", dtype=DTYPES[dtype], name="one")
+    state, out = copy.deepcopy(adapter.state_dict()), logits(model, token_ids())
+    weights = copy.deepcopy(model.state_dict())
+    adapter.merge()
+    assert not trimtab.adapters(model)
+    adapter.unmerge()
+    assert trimtab.adapters(model) == {"one": adapter}
+    again = adapter.state_dict()
+    assert again.meta == state.meta and list(again.tensors) == list(state.tensors)
+    assert all(torch.equal(again.tensors[n], t) for n, t in state.tensors.items())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model, token_ids()), out)
+    train(model, adapter, torch.optim.AdamW(adapter.parameter_groups(lr=1e-2)), range(6, 8))
+    adapter.detach()
+
+
+def test_unmerge_needs_a_copy_and_a_free_model() -> None:
+    """Without keep_base there is nothing to go back to; with another adapter on the model it would be broken."""
+    model = tiny_llama()
+    adapter = trained(model, trimtab.LoRA(rank=4))
+    with pytest.raises(ValueError, match="not merged"):
+        adapter.unmerge()
+    adapter.merge()
+    with pytest.raises(trimtab.CannotDetach, match="keep_base"):
+        adapter.unmerge()
+    kept = trained(model, trimtab.LoRA(rank=4), keep_base="host")
+    kept.merge()
+    other = trimtab.attach(model, trimtab.LoRA(rank=2))
+    with pytest.raises(trimtab.CannotDetach, match="another adapter"):
+        kept.unmerge()
+    other.detach()
+    kept.unmerge()
+
+
+@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize("family", MODELS)
+def test_disabled_shows_the_base(family: str, config: str) -> None:
+    """Within disabled() the function is the base's bit for bit, and afterwards the adapter's again."""
+    model = MODELS[family]()
+    before, ids = logits(model, token_ids()), token_ids()
+    adapter = trained(model, ALL[config], keep_base="host")
+    after = logits(model, ids)
+    with adapter.disabled():
+        assert torch.equal(logits(model, ids), before)
+    assert torch.equal(logits(model, ids), after)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("config", EDITING)
+def test_disabled_refuses_where_the_base_is_gone(config: str) -> None:
+    """A base that was written into and not kept cannot be shown; the adapter stays at work."""
+    model = tiny_llama()
+    adapter = trained(model, EDITING[config])
+    out = logits(model, token_ids())
+    with pytest.raises(trimtab.CannotDetach, match="keep_base"), adapter.disabled():
+        pass
+    assert torch.equal(logits(model, token_ids()), out)
+
+
+def test_adapters_are_switched_by_name() -> None:
+    """Two adapters on one base: each answers as it did alone, none as the base; detach in any order."""
+    model, ids = tiny_llama(), token_ids()
+    before, base = copy.deepcopy(model), logits(model, ids)
+    one = trained(model, trimtab.LoRA(rank=4), name="one")
+    first = logits(model, ids)
+    two = trained(model, trimtab.LoRA(rank=2, targets=["q_proj"]), name="two")
+    second = logits(model, ids)
+    assert not torch.equal(first, second)
+    trimtab.activate(model, "one")
+    assert torch.equal(logits(model, ids), first)
+    loss_of(model, ids).backward()
+    assert all(e.parameter.grad is None for e in two.trainable())
+    trimtab.activate(model, None)
+    assert torch.equal(logits(model, ids), base)
+    trimtab.activate(model, "two")
+    assert torch.equal(logits(model, ids), second)
+    with pytest.raises(trimtab.CannotMerge, match="'one'"):
+        two.merge()
+    one.detach()
+    assert torch.equal(logits(model, ids), second)
+    two.detach()
+    assert same(model, before)
+
+
+def test_what_cannot_stand_beside_another_is_refused() -> None:
+    """A taken name, an unknown one, another dtype, and methods that change the base; the first stays at work."""
+    model, ids = tiny_llama(), token_ids()
+    adapter = trained(model, trimtab.LoRA(rank=4), name="one")
+    out = logits(model, ids)
+    with pytest.raises(trimtab.ConfigError, match="already has an adapter 'one'"):
+        trimtab.attach(model, trimtab.LoRA(rank=4), name="one")
+    with pytest.raises(trimtab.ConfigError, match=r"restart_every=3.*the adapter 'one'"):
+        trimtab.attach(model, trimtab.ReLoRA(restart_every=3), name="two")
+    with pytest.raises(trimtab.ConfigError, match="dtype"):
+        trimtab.attach(model, trimtab.LoRA(rank=4), name="two", dtype=torch.bfloat16)
+    with pytest.raises(trimtab.TargetError):
+        trimtab.attach(model, trimtab.LoRA(rank=4, targets=["nope"]), name="two")
+    with pytest.raises(trimtab.ConfigError, match="no such adapter; it has 'one'"):
+        trimtab.activate(model, "two")
+    assert torch.equal(logits(model, ids), out)
+    adapter.detach()
+    full = trimtab.attach(model, trimtab.Full(), name="all")
+    with pytest.raises(trimtab.ConfigError, match="'all', which changes base tensors"):
+        trimtab.attach(model, trimtab.LoRA(rank=4), name="two")
+    full.detach()
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    """Same shapes, other weights: the sample in the file tells; a bf16 copy of the base passes."""
+    model = tiny_llama()
+    trained(model, trimtab.LoRA(rank=4)).save(tmp_path)
+    other = tiny_llama(seed=5)
+    before = copy.deepcopy(other)
+    with pytest.raises(trimtab.CheckpointError, match="another base"):
+        trimtab.load_adapter(other, tmp_path)
+    assert same(other, before) and not trimtab.adapters(other)
+    trimtab.load_adapter(tiny_llama().to(torch.bfloat16), tmp_path)
