@@ -147,12 +147,13 @@ def side_files(folder: Path) -> list[Path]:
     return [_inside(folder, name) for name in SIDE_FILES if (folder / name).is_file()]
 
 
-def meta_model(folder: Path, label: str) -> nn.Module:
+def meta_model(folder: Path, label: str, *, tied: bool | None = None) -> nn.Module:
     """The model of a folder as shapes without values, of the class that its config names; no code of its own.
 
     Args:
         folder: with a config.json.
         label: how the user named it, for messages.
+        tied: whether embeddings and head are tied; None as the config says.
 
     Raises:
         CheckpointError: transformers does not know the model.
@@ -162,6 +163,9 @@ def meta_model(folder: Path, label: str) -> nn.Module:
     try:
         with quiet_libraries(), torch.device("meta"):
             config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            for part in (config, config.get_text_config()):
+                if tied is not None:
+                    part.tie_word_embeddings = tied
             named = (config.architectures or [""])[0]
             kind = getattr(transformers, named, None) if named.isidentifier() else None
             if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
@@ -197,12 +201,50 @@ def model_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
         wanted = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in shapes), None)
         if wanted is None:
             continue
+        if wanted in found.values():
+            raise CheckpointError(f"{checkpoint.name} holds {wanted} twice, the second time as {name}")
         if shapes[wanted] != place.shape:
             raise CheckpointError(
                 f"{checkpoint.name}: {name} is {place.shape} in {place.file} and {shapes[wanted]} by config.json"
             )
         found[name] = wanted
     return found
+
+
+def mapped_model(checkpoint: Checkpoint) -> nn.Module:
+    """The model of a checkpoint with its weights mapped from the files: they take no memory until they are read.
+
+    A weight that the config ties is a parameter of its own under each of its names.
+
+    Raises:
+        CheckpointError: transformers does not know the model, or a weight is missing or has another shape.
+    """
+    model = meta_model(checkpoint.folder, checkpoint.name)
+    keys = {name: key for key, name in model_names(checkpoint, model).items()}
+    values: dict[str, Tensor] = {}
+    for file in checkpoint.files:
+        with safe_open(checkpoint.folder / file, framework="pt") as opened:
+            for name, key in keys.items():
+                if checkpoint.tensors[key].file == file:
+                    values[name] = opened.get_tensor(key)
+    for group in ties(model):
+        held = next((name for name in group if name in values), None)
+        for name in group:
+            if held is not None and name not in values:
+                # A mapping of its own, since what is written into one of the two must not reach the other.
+                with safe_open(checkpoint.folder / checkpoint.tensors[keys[held]].file, framework="pt") as opened:
+                    values[name] = opened.get_tensor(keys[held])
+    missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in values]
+    if missing:
+        raise CheckpointError(f"{checkpoint.name} lacks {len(missing)} tensors of its model, {missing[0]} first")
+    for name, value in values.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=value.is_floating_point())
+        else:
+            module._buffers[leaf] = value
+    return model
 
 
 def ties(model: nn.Module) -> list[list[str]]:

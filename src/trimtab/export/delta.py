@@ -27,9 +27,9 @@ from trimtab.errors import CheckpointError, ConfigError, NonFiniteError, TargetE
 from trimtab.export.checkpoint import ties
 from trimtab.export.folder import whole_folder
 from trimtab.export.sources import Update, Weights
-from trimtab.methods.folder import write_adapter_folder
+from trimtab.methods.folder import SavedAdapter, write_adapter_folder
 from trimtab.nn.inject import ALL_LINEAR, find_targets
-from trimtab.nn.precision import is_conv1d
+from trimtab.nn.weights import is_conv1d
 
 #: What is beside the adapter's own two files, which PEFT does not look at.
 REPORT_FILE = "delta.json"
@@ -139,7 +139,8 @@ def export_delta(update: Update, out: Path, rank: int, *, require_all: bool = Fa
     for name in rest.whole_tensors:
         tensors[name] = end.read(name)
     with whole_folder(out) as folder:
-        write_adapter_folder(folder, _config(start, model, layers, rest), tensors)
+        saved = SavedAdapter(_config(start, model, layers, rest), tensors, start.fingerprint())
+        write_adapter_folder(folder, saved)
         report = rest.report(layers)
         (folder / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     return report

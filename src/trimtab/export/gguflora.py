@@ -52,7 +52,8 @@ def export_lora(source: Path, out: Path, base: str | None = None, dtype: torch.d
         CheckpointError: the adapter is damaged, of another base, or does what llama.cpp cannot.
     """
     refuse_used_file(out)
-    saved, tensors = read_adapter_folder(source)
+    folder = read_adapter_folder(source)
+    saved, tensors = folder.config, folder.tensors
     _check(saved, tensors, source)
     base = base or saved.get("base_model_name_or_path")
     if not base:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from trimtab.config import PretrainConfig
 from trimtab.errors import CheckpointError, ConfigError
-from trimtab.export.checkpoint import Checkpoint, meta_model, model_names, open_checkpoint, ties
+from trimtab.export.checkpoint import Checkpoint, mapped_model, meta_model, model_names, open_checkpoint, ties
+from trimtab.methods.folder import SAMPLE, base_sample, encode_sample
 from trimtab.models.load import drawn_weight
 from trimtab.models.presets import PRESETS
-from trimtab.nn.precision import is_conv1d
+from trimtab.nn.weights import is_conv1d
 
 
 class Weights(Protocol):
@@ -29,6 +30,9 @@ class Weights(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One of them, as the model stores it."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """What an adapter folder says of its base, beside its name; empty where only a part of it is there."""
 
 
 class InCheckpoint:
@@ -56,6 +60,10 @@ class InCheckpoint:
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._stored[name])
 
+    def fingerprint(self) -> dict[str, str]:
+        sample = base_sample(mapped_model(self._checkpoint))
+        return {SAMPLE: encode_sample(sample)} if sample.numel() else {}
+
 
 class Drawn:
     """The random weights that a preset's run began with, drawn again from its seed."""
@@ -70,6 +78,9 @@ class Drawn:
 
     def read(self, name: str) -> Tensor:
         return drawn_weight(name, self._shapes[name], self._seed)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {}
 
 
 class InStartFile:
@@ -95,6 +106,9 @@ class InStartFile:
         with safe_open(self._path, framework="pt") as file:
             value: Tensor = file.get_tensor(name).clone()
         return value.t().contiguous() if name in self._turned else value
+
+    def fingerprint(self) -> dict[str, str]:
+        return {}
 
 
 @dataclass(frozen=True)

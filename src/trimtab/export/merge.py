@@ -1,0 +1,218 @@
+"""Merging an adapter folder into a checkpoint, one tensor at a time.
+
+The base is opened as a model whose weights are mapped from its files, so an adapter of any method attaches to it as
+to a loaded one, and its check that this is the base it was trained on works; but nothing of it is in memory. Then
+each tensor is read, given to `adapter.merged_tensor`, rounded once, and written to the file of the same name. The
+result is the one of `from_pretrained`, `load_adapter`, `merge`, `save_pretrained`, bit for bit.
+
+Tied weights: where an adapter changes one of them and not the other alike, one tensor in the file cannot hold both.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import CheckpointError
+from trimtab.export.checkpoint import (
+    INDEX,
+    Checkpoint,
+    Stored,
+    mapped_model,
+    meta_model,
+    model_names,
+    open_checkpoint,
+    side_files,
+    ties,
+)
+from trimtab.export.folder import refuse_used, whole_folder
+from trimtab.methods import Adapter, load_adapter
+from trimtab.train.tensorfile import stream_tensors
+
+
+@dataclass
+class Merged:
+    """What a merge did.
+
+    Attributes:
+        files: weight files written.
+        tensors: tensors in them.
+        changed: names of those that differ from the base's.
+        untied: the names that were one tensor and now are several.
+    """
+
+    files: int
+    tensors: int
+    changed: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+
+
+def merge_checkpoint(
+    base: str,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    untie: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Merged:
+    """Write a base with an adapter merged into it; memory is bounded by the adapter and a few largest tensors.
+
+    Args:
+        base: a checkpoint, a folder or a hub name.
+        adapter: an adapter folder, ours or PEFT's.
+        out: the new folder. It has the base's files of weights, config and tokenizer.
+        dtype: of all floating tensors; None keeps each one's own.
+        untie: where the adapter changes tied weights differently, write them as several and say so in the config.
+        progress: called with bytes read so far and bytes in all.
+
+    Raises:
+        ConfigError: there is no such base, or `out` is in use.
+        CheckpointError: a file is damaged, the adapter is of another base, it changes one of two tied weights, or
+            `out` cannot be written.
+        CannotMerge: the adapter's method has no merged form.
+    """
+    refuse_used(out)
+    checkpoint = open_checkpoint(base)
+    model = mapped_model(checkpoint)
+    live = load_adapter(model, adapter)
+    merge = _Merge(checkpoint, model, live, dtype)
+    merge.untie(allowed=untie, adapter=adapter)
+    total = sum(place.nbytes for place in checkpoint.tensors.values())
+    with whole_folder(out) as folder:
+        for file in checkpoint.files:
+            kinds = {key: merge.kind(key) for key, home in merge.homes.items() if home == file}
+
+            def value(key: str) -> Tensor:
+                found = merge.value(key)
+                progress(merge.read, total)
+                return found
+
+            stream_tensors(folder / file, kinds, value, {"format": "pt"})
+        merge.write_rest(folder)
+    return Merged(len(checkpoint.files), len(merge.homes), sorted(merge.changed), merge.untied)
+
+
+class _Merge:
+    """One merge: which tensors the result has, in which files, and their values.
+
+    Attributes:
+        homes: each tensor's file.
+        read: bytes of the base read so far.
+        changed: names of the tensors that differ from the base's.
+        untied: names of tensors that were one and now are several.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> None:
+        self._checkpoint = checkpoint
+        self._adapter = adapter
+        self._dtype = dtype
+        self._shadow = meta_model(checkpoint.folder, checkpoint.name)
+        self._names = model_names(checkpoint, self._shadow)
+        self._first = _first_names(model)
+        self._twins: dict[str, str] = {}
+        self.homes = {key: place.file for key, place in checkpoint.tensors.items()}
+        self.read = 0
+        self.changed: set[str] = set()
+        self.untied: list[str] = []
+
+    def kind(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of a tensor of the result."""
+        place = self._place(key)
+        return self._target(place.dtype), place.shape
+
+    def value(self, key: str) -> Tensor:
+        """A tensor of the result."""
+        before = self._checkpoint.read(self._twins.get(key, key))
+        after = self._merged(self._names.get(key), before)
+        if key not in self._twins:
+            self.read += self._place(key).nbytes
+        if after is not before and not torch.equal(after, before.to(after.dtype)):
+            self.changed.add(key)
+        return after
+
+    def untie(self, *, allowed: bool, adapter: Path) -> None:
+        """Find tied weights that the merge makes different, and give each a tensor of its own."""
+        stored = {name: key for key, name in self._names.items()}
+        loose = {name for group in ties(meta_model(self._checkpoint.folder, "", tied=False)) for name in group}
+        for group in ties(self._shadow):
+            held = next(name for name in group if name in stored)
+            before = self._checkpoint.read(stored[held])
+            one = self._merged(held, before)
+            apart = [name for name in group if name != held and not torch.equal(self._merged(name, before), one)]
+            if not apart:
+                continue
+            what = " = ".join(group)
+            if set(group) & loose:
+                raise CheckpointError(
+                    f"{adapter} changes {held} and {apart[0]} differently, and this model always ties {what}; it "
+                    "has no merged form"
+                )
+            if not allowed:
+                raise CheckpointError(
+                    f"{adapter} changes one of the tied weights {what} and not the other; with --untie they are "
+                    "written as two tensors and the config says so (the model grows by one embedding)"
+                )
+            self.untied += [held, *apart]
+            for name in group:
+                if name not in stored:
+                    self._names[name] = name
+                    self._twins[name] = stored[held]
+                    self.homes[name] = self.homes[stored[held]]
+
+    def write_rest(self, folder: Path) -> None:
+        """Config, tokenizer and index."""
+        for path in side_files(self._checkpoint.folder):
+            if path.name != "config.json":
+                shutil.copyfile(path, folder / path.name)
+        config = json.loads(json.dumps(self._checkpoint.config))
+        for part in [config, *(v for v in config.values() if isinstance(v, dict))]:
+            if self._dtype is not None:
+                for key in {"dtype", "torch_dtype"} & set(part):
+                    part[key] = str(self._dtype).removeprefix("torch.")
+            if self.untied and (part is config or "tie_word_embeddings" in part):
+                part["tie_word_embeddings"] = False
+        _write_json(folder / "config.json", config)
+        if self._checkpoint.sharded:
+            size = sum(shape.numel() * dtype.itemsize for dtype, shape in self._kinds())
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self.homes.items()))}
+            _write_json(folder / INDEX, index)
+
+    def _kinds(self) -> list[tuple[torch.dtype, torch.Size]]:
+        kinds = (self.kind(key) for key in self.homes)
+        return [(dtype, torch.Size(shape)) for dtype, shape in kinds]
+
+    def _place(self, key: str) -> Stored:
+        return self._checkpoint.tensors[self._twins.get(key, key)]
+
+    def _target(self, stored: torch.dtype) -> torch.dtype:
+        return self._dtype if self._dtype is not None and stored.is_floating_point else stored
+
+    def _merged(self, name: str | None, before: Tensor) -> Tensor:
+        """The merged value of a parameter, rounded once to the dtype wanted."""
+        target = self._target(before.dtype)
+        if name is None or not before.is_floating_point():
+            return before.to(target)
+        wide = before.to(torch.promote_types(before.dtype, target))
+        with torch.no_grad():
+            return self._adapter.merged_tensor(self._first.get(name, name), wide).to(target)
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """The first name of each parameter: a module that a model holds twice has its adapter under one name."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[name] = first.setdefault(id(parameter), name)
+    return names
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
