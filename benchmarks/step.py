@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import trimtab
 from trimtab.bench.meters import count_flops, live_bytes, own_peak_resident, peak_resident
 from trimtab.bench.runner import Timings, circumstances, interleave, markdown_table
+from trimtab.bench.synthetic import QUICK, Shape, random_batch, random_llama
 from trimtab.config import OptimConfig
 from trimtab.optim.build import build_optimizer
 from trimtab.train.objective import Objective
@@ -55,32 +55,6 @@ RESTART = "one restart"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The model and the batch of a run."""
-
-    hidden: int = 768
-    intermediate: int = 2048
-    layers: int = 12
-    heads: int = 12
-    words: int = 32_000
-    sequences: int = 8
-    length: int = 256
-
-
-QUICK = Shape(hidden=128, intermediate=352, layers=2, heads=2, words=500, sequences=2, length=32)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Random tokens; labels shifted, the last of each sequence not scored."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    attention_mask: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Costs:
     """What one row holds and does; resident memory aside, the same on every run."""
 
@@ -95,7 +69,7 @@ class Row:
     """A model with a method and an optimizer, ready to step."""
 
     def __init__(self, name: str, shape: Shape) -> None:
-        model = build_model(shape)
+        model = random_llama(shape)
         self.batch = random_batch(shape)
         self.steps = 0
         self.adapter: trimtab.Adapter | None = None
@@ -161,33 +135,6 @@ class Row:
             trainable=sum(parameter.numel() for parameter in self.parameters),
             head_trains=self.head_trains,
         )
-
-
-def build_model(shape: Shape) -> Any:
-    """A LLaMA with seeded random weights, made in bf16: no fp32 copy in anyone's resident memory."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.words,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        max_position_embeddings=shape.length,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-
-
-def random_batch(shape: Shape) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, shape.words, (shape.sequences, shape.length), generator=generator)
-    return Batch(ids, torch.cat((ids[:, 1:], torch.full((shape.sequences, 1), -100)), dim=1))
 
 
 def costs_apart(name: str, quick: bool) -> Costs:

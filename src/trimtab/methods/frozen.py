@@ -212,7 +212,7 @@ class FrozenBaseAdapter(Adapter):
         return {}
 
     def _take_meta(self, meta: Mapping[str, Any]) -> None:
-        """Take up `_meta`, before the tensors are loaded."""
+        """Take up what `_meta` gave, before the tensors are loaded."""
 
     def state_dict(self) -> AdapterState:
         tensors = {entry.name: entry.parameter.detach() for entry in self.trainable()}
@@ -262,23 +262,20 @@ class FrozenBaseAdapter(Adapter):
         if self.no_merge:
             raise CannotMerge(f"method {self.config.name}: {self.no_merge}")
         if not self._alone():
-            others = [name for name in self.record.adapters if name != self.attached_name]
-            raise CannotMerge(
-                f"the model has other adapters, {', '.join(map(repr, others))}, on the same base; detach them"
-            )
+            others = ", ".join(repr(name) for name in self.record.adapters if name != self.attached_name)
+            raise CannotMerge(f"the model has other adapters, {others}, on the same base; detach them first")
         if self.record.active != self.attached_name:
             raise CannotMerge("this adapter is not the active one; trimtab.activate() it first")
         self._record, self._name = self.record, self.attached_name
         self._prepare_undo()
-        dense: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             if layer.base.quantized and not quantized:
-                dense[name] = layer.dense(self._residence.compute_dtype(name, layer))
+                dense, module = layer.dense(self._residence.compute_dtype(name, layer)), self._targets[name]
+                undress(module)
+                self._widened.append(holder_of(module).widen(module, dense))
             else:
                 layer.merge_()
         self._remove()
-        for name, weight in dense.items():
-            self._widened.append(holder_of(self._targets[name]).widen(self._targets[name], weight))
         self._residence.settle()
         self._inserted = False
         self._close("merged")
