@@ -49,9 +49,7 @@ def merged(folder: Path, **how: object) -> Merged:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_it_is_the_merge_in_memory_bit_for_bit(
-    family: str, dtype: torch.dtype, sharded: bool, tmp_path: Path
-) -> None:
+def test_it_is_the_merge_in_memory_bit_for_bit(family: str, dtype: torch.dtype, sharded: bool, tmp_path: Path) -> None:
     """Every tensor equals that of load_adapter + merge + save_pretrained; the files are the base's."""
     model = MODELS[family]().to(dtype)
     move(model, everything)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,10 +89,6 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         return raw.view(place.dtype).reshape(place.shape)
-
-    def in_file(self, file: str) -> Iterator[str]:
-        """The names of the tensors of one file."""
-        return (name for name, place in self.tensors.items() if place.file == file)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
