@@ -52,6 +52,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
             temporary.rename(out)
         except (OSError, SafetensorError) as error:  # the library makes an error of its own of a full disk
             reason = getattr(error, "strerror", None) or error
+            culprit = Path(getattr(error, "filename", None) or temporary)
+            if not culprit.is_relative_to(temporary):
+                raise CheckpointError(f"{culprit}: {reason}; {out} was not written") from error
             raise CheckpointError(
                 f"{out} could not be written: {reason}; nothing is left of it, so free some space or choose another "
                 "place, and try again"
