@@ -158,6 +158,23 @@ def test_one_of_two_tied_weights_is_refused_or_untied(modules: list[str], tmp_pa
     assert torch.allclose(logits(ours, token_ids()), logits(theirs, token_ids()), atol=1e-5)
 
 
+@pytest.mark.parametrize("torn", ["lm_head", "encoder.embed_tokens"])
+def test_a_tie_that_no_config_ends_is_never_torn(torn: str, tmp_path: Path) -> None:
+    """T5's head can be untied; the embedding that encoder and decoder share cannot."""
+    save(MODELS["t5"](), tmp_path / "base")
+    model = peft.get_peft_model(MODELS["t5"](), peft.LoraConfig(r=2, target_modules=["q"], modules_to_save=[torn]))
+    with torch.no_grad():
+        model.get_submodule(f"base_model.model.{torn}.modules_to_save.default").weight.add_(0.1)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    if torn != "lm_head":
+        with pytest.raises(trimtab.CheckpointError, match="and this model always ties them"):
+            merged(tmp_path, untie=True)
+        return
+    assert merged(tmp_path, untie=True).untied[-1] == "lm_head.weight"
+    ours = type(MODELS["t5"]()).from_pretrained(tmp_path / "out")
+    assert torch.allclose(logits(ours, token_ids()), logits(model.get_base_model(), token_ids()), atol=1e-5)
+
+
 def test_untie_changes_nothing_where_nothing_is_torn(tmp_path: Path) -> None:
     """--untie on a tied base whose pair the adapter leaves alone keeps it tied."""
     save(tiny_gpt2(), tmp_path / "base")

@@ -117,6 +117,7 @@ class _Merge:
         self._shadow = meta_model(checkpoint.folder, checkpoint.name)
         self._names = model_names(checkpoint, self._shadow)
         self._first = _first_names(model)
+        self._head = _head_names(self._shadow)
         self._twins: dict[str, str] = {}
         self.homes = {key: place.file for key, place in checkpoint.tensors.items()}
         self.read = 0
@@ -139,28 +140,38 @@ class _Merge:
         return after
 
     def untie(self, *, allowed: bool, adapter: Path) -> None:
-        """Find tied weights that the merge makes different, and give each a tensor of its own."""
+        """Find tied weights that the merge makes different, and give each a tensor of its own.
+
+        `tie_word_embeddings` is about the head alone: other names of one weight (the embedding that T5's encoder and
+        decoder share) have to stay alike. With it off nothing is tied, so every name gets its tensor then.
+        """
         stored = {name: key for key, name in self._names.items()}
-        loose = {name for group in ties(meta_model(self._checkpoint.folder, "", tied=False)) for name in group}
-        for group in ties(self._shadow):
+        groups = ties(self._shadow)
+        for group in groups:
             held = next(name for name in group if name in stored)
             before = self._checkpoint.read(stored[held])
-            one = self._merged(held, before)
-            apart = [name for name in group if name != held and not torch.equal(self._merged(name, before), one)]
+
+            def unlike(first: str, names: list[str], before: Tensor = before) -> list[str]:
+                one = self._merged(first, before)
+                return [name for name in names if not torch.equal(self._merged(name, before), one)]
+
+            apart = unlike(held, [name for name in group if name != held])
             if not apart:
                 continue
-            what = " = ".join(group)
-            if set(group) & loose:
+            inputs = [name for name in group if name not in self._head]
+            if torn := unlike(inputs[0], inputs[1:]):
                 raise CheckpointError(
-                    f"{adapter} changes {held} and {apart[0]} differently, and this model always ties {what}; it "
-                    "has no merged form"
+                    f"{adapter} changes {inputs[0]} and {torn[0]} differently, and this model always ties them; it has "
+                    "no merged form"
                 )
             if not allowed:
                 raise CheckpointError(
-                    f"{adapter} changes one of the tied weights {what} and not the other; with --untie they are "
-                    "written as two tensors and the config says so (the model grows by one embedding)"
+                    f"{adapter} changes one of the tied weights {' = '.join(group)} and not the other; with --untie "
+                    "they are written as two tensors and the config says so (the model grows by one embedding)"
                 )
             self.untied += [held, *apart]
+        for group in groups if self.untied else ():
+            held = next(name for name in group if name in stored)
             for name in group:
                 if name not in stored:
                     self._names[name] = name
@@ -212,6 +223,14 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[name] = first.setdefault(id(parameter), name)
     return names
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    """The names of the output head's parameters."""
+    getter = getattr(model, "get_output_embeddings", None)
+    heads = [] if not callable(getter) else [getter()]
+    modules = [(name, module) for name, module in model.named_modules() if any(module is head for head in heads)]
+    return {f"{name}.{key}" for name, module in modules for key in module._parameters}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
