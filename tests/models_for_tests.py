@@ -148,6 +148,6 @@ def train(
     for step in steps:
         loss_of(model, token_ids(seed=step)).backward()
         optimizer.step()
-        optimizer.zero_grad()
         reports.append(adapter.after_step(step, optimizer))
+        optimizer.zero_grad()
     return reports

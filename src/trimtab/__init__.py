@@ -19,23 +19,28 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import (
+        AdaLoRA,
         Adapter,
         Full,
         LoRA,
         Method,
         ReLoRA,
         StepReport,
+        VeRA,
         activate,
         adapters,
         attach,
         load_adapter,
     )
+    from trimtab.models.quantize import quantize
+    from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.optim.schedule import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "CannotDetach",
     "CannotMerge",
@@ -52,26 +57,34 @@ __all__ = [
     "StepReport",
     "TargetError",
     "TrimtabError",
+    "VeRA",
     "activate",
     "adapters",
     "attach",
     "linear_cross_entropy",
     "load_adapter",
+    "load_quantized",
+    "quantize",
+    "save_quantized",
 ]
 
 _HOMES = {
     "trimtab.methods": (
+        "AdaLoRA",
         "Adapter",
         "Full",
         "LoRA",
         "Method",
         "ReLoRA",
         "StepReport",
+        "VeRA",
         "activate",
         "adapters",
         "attach",
         "load_adapter",
     ),
+    "trimtab.models.quantize": ("quantize",),
+    "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.optim.schedule": ("Schedule",),
 }

@@ -85,7 +85,7 @@ class ModelConfig(Settings):
 class OptimConfig(Settings):
     """The optimizer and its rates. `warm_start_lr` holds in the full-rank phase; None takes `lr`."""
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit"] = "adamw"
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     warm_start_lr: Annotated[float, Field(gt=0.0)] | None = None
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9

@@ -141,7 +141,7 @@ def test_a_config_comes_from_a_mapping() -> None:
     """A dict with a name is as good as a config; a wrong name lists the known ones; a wrong key is refused."""
     adapter = trimtab.attach(tiny_llama(), {"name": "relora", "rank": 4, "restart_every": 10})
     assert adapter.config == trimtab.ReLoRA(rank=4, restart_every=10)
-    with pytest.raises(trimtab.ConfigError, match="full, lora, relora"):
+    with pytest.raises(trimtab.ConfigError, match=r"the methods are .*full, .*lora, .*relora"):
         trimtab.attach(tiny_llama(), {"name": "lorra"})
     with pytest.raises(trimtab.ConfigError, match="LoRA: rnak is no setting of it; did you mean rank"):
         trimtab.attach(tiny_llama(), {"name": "lora", "rnak": 4})

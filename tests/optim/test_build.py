@@ -52,6 +52,36 @@ def test_optimizer_trains_and_keeps_what_groups_carry(name: str, dtype: torch.dt
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize(("name", "instead"), [("paged_adamw8bit", "adamw8bit"), ("paged_adamw32bit", "adamw")])
+def test_paging_that_is_only_pretended_is_an_error(name: str, instead: str) -> None:
+    """bitsandbytes' paged optimizers run on a CPU with a warning and page nothing; that is refused, in one line."""
+    with pytest.raises(ConfigError, match=rf"{name} only pretends to page on cpu.*use optim.name={instead}$") as info:
+        build_optimizer(OptimConfig(name=name), groups_of(nn.Parameter(torch.ones(3))), "cpu")
+    assert "\n" not in str(info.value)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("name", "dtype"), [("paged_adamw8bit", torch.uint8), ("paged_adamw32bit", torch.float32)])
+def test_paged_adamw_is_what_its_name_says(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a device pages, the optimizer is built, pages, and holds moments of the named width."""
+    import bitsandbytes
+
+    def paged(self: object, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        buffer = torch.zeros_like(p, dtype=dtype)
+        buffer.is_paged = p.numel() >= 1e5  # type: ignore[attr-defined]
+        return buffer
+
+    monkeypatch.setattr(bitsandbytes.optim.optimizer.Optimizer8bit, "get_state_buffer", paged)
+    monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda tensor: None)
+    parameter = nn.Parameter(torch.ones(80, 64))
+    optimizer = build_optimizer(OptimConfig(name=name, lr=0.5), [{"params": [parameter]}], "cpu")
+    assert optimizer.is_paged  # type: ignore[attr-defined]
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.state[parameter]["state1"].dtype == dtype
+
+
+@needs_bitsandbytes
 def test_8bit_adamw_holds_large_moments_in_8_bits_and_follows_adamw() -> None:
     """The moments of a large tensor are one byte an element, and the path stays near fp32 AdamW's."""
     torch.manual_seed(0)
@@ -149,7 +179,7 @@ def test_optimizer_that_does_not_really_run_is_an_error(
     broken: type, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An optimizer is tried before it is handed out; one that fails, or does nothing, is refused."""
-    monkeypatch.setattr(build, "_adamw8bit", lambda: broken)
+    monkeypatch.setattr(build, "_bitsandbytes", lambda name: broken)
     with pytest.raises(ConfigError, match=rf"optim.name = adamw8bit .*{says}|optim.name = adamw8bit {says}") as info:
         build_optimizer(OptimConfig(name="adamw8bit"), groups_of(nn.Parameter(torch.ones(3))), "cpu")
     assert "\n" not in str(info.value)

@@ -143,6 +143,41 @@ def test_an_eight_bit_zero_is_looked_up_in_its_map() -> None:
     assert (state["state1"] == 127).all() and (state["state2"] == 0).all()
 
 
+def adamw32bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW32bit(parameters, lr=1e-2, betas=BETAS)
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [adamw8bit, adamw32bit])
+def test_a_paged_state_is_made_new_in_its_own_memory(make: Make) -> None:
+    """Nothing can free paged memory, so "drop" keeps the buffers; the next step is that of a new optimizer."""
+    optimizer, parameters, kept = stepped(make)
+    buffers = {}
+    for key, parameter in parameters.items():
+        for name in ("state1", "state2"):
+            optimizer.state[parameter][name].is_paged = True
+            buffers[key, name] = optimizer.state[parameter][name]
+    other = copy.deepcopy(optimizer.state[kept])
+    touched = reset_state(optimizer, parameters, mode="drop")
+    assert touched == sum(2 * p.numel() for p in parameters.values())
+    assert all(
+        torch.equal(value, optimizer.state[kept][key]) if isinstance(value, torch.Tensor) else True
+        for key, value in other.items()
+    )
+    fresh = {key: nn.Parameter(p.detach().clone()) for key, p in parameters.items()}
+    new = make(list(fresh.values()))
+    step(optimizer, parameters, 3, torch.Generator().manual_seed(1))
+    step(new, fresh, 3, torch.Generator().manual_seed(1))
+    for key, parameter in parameters.items():
+        assert torch.equal(parameter, fresh[key]), key
+        state, expected = optimizer.state[parameter], new.state[fresh[key]]
+        assert state["step"] == expected["step"]
+        for name in ("state1", "state2"):
+            assert state[name] is buffers[key, name]
+            assert torch.equal(state[name], expected[name])
+
+
 def test_thresholds_are_exact_above_16_million_entries() -> None:
     """torch.quantile refuses such sizes; the reset keeps exactly the share that was asked for, ties included."""
     parameter = nn.Parameter(torch.empty(4100, 4100))

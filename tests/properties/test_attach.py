@@ -17,6 +17,7 @@ CONFIGS = {
     "lora-rs": trimtab.LoRA(rank=4, rslora=True, dropout=0.1, train_also=("norms", "head")),
     "lora-warm": trimtab.LoRA(rank=4, warm_start_steps=3),
     "relora": trimtab.ReLoRA(rank=4, restart_every=2),
+    "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=8, allocate_every=1),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -155,7 +156,7 @@ def test_generation_works_with_an_adapter() -> None:
     assert torch.equal(grown, model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0))
 
 
-@pytest.mark.parametrize("config", ["full", "lora-warm", "relora"])
+@pytest.mark.parametrize("config", ["full", "lora-warm", "relora", "adalora"])
 @pytest.mark.parametrize("family", MODELS)
 def test_a_model_trains_in_bf16_whatever_it_is_made_of(family: str, config: str) -> None:
     """Held in fp32, computed in bf16: every family steps, evaluates, survives a pickle, and merges to bf16."""

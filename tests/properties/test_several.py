@@ -12,7 +12,10 @@ from torch import nn
 
 import trimtab
 
-PURE = {"lora": trimtab.LoRA(rank=4)}
+PURE = {
+    "lora": trimtab.LoRA(rank=4),
+    "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=9, allocate_every=1),
+}
 EDITING = {
     "full": trimtab.Full(),
     "lora-also": trimtab.LoRA(rank=4, train_also=("norms", "head")),

@@ -139,7 +139,9 @@ def export_delta(update: Update, out: Path, rank: int, *, require_all: bool = Fa
     for name in rest.whole_tensors:
         tensors[name] = end.read(name)
     with whole_folder(out) as folder:
-        saved = SavedAdapter(_config(start, model, layers, rest), tensors, start.fingerprint())
+        # With `untie`, load_adapter gives a tied head a tensor of its own, as PEFT does for what it stores in full.
+        extra = {**start.fingerprint(), **({"untie": True} if rest.parted else {})}
+        saved = SavedAdapter(_config(start, model, layers, rest), tensors, extra)
         write_adapter_folder(folder, saved)
         report = rest.report(layers)
         (folder / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -211,6 +213,7 @@ class _Rest:
     unknown: list[str]
     left_out: dict[str, str]
     unchanged: int
+    parted: bool = False
 
     def report(self, layers: list[LayerKept]) -> DeltaReport:
         return DeltaReport(
@@ -238,6 +241,7 @@ def _rest(model: nn.Module, adapted: set[str], linears: set[str], start: Weights
         if owner in linears and kind == "bias":
             rest.biases.append(name)
             continue
+        rest.parted |= name in twins
         for held in [name, *twins.get(name, ())]:  # a tied weight is stored under each of its names
             _store_whole(held.rpartition(".")[0], modules, linears, rest, name)
     for name, _ in model.named_buffers():

@@ -10,6 +10,7 @@ Tied weights: where an adapter changes one of them and not the other alike, one 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -35,6 +36,8 @@ from trimtab.export.checkpoint import (
 from trimtab.export.folder import refuse_used, whole_folder
 from trimtab.methods import Adapter, load_adapter
 from trimtab.train.tensorfile import stream_tensors
+
+_TIE = "tie_word_embeddings"
 
 
 @dataclass
@@ -183,13 +186,14 @@ class _Merge:
         for path in side_files(self._checkpoint.folder):
             if path.name != "config.json":
                 shutil.copyfile(path, folder / path.name)
-        config = json.loads(json.dumps(self._checkpoint.config))
-        for part in [config, *(v for v in config.values() if isinstance(v, dict))]:
-            if self._dtype is not None:
-                for key in {"dtype", "torch_dtype"} & set(part):
-                    part[key] = str(self._dtype).removeprefix("torch.")
-            if self.untied and (part is config or "tie_word_embeddings" in part):
-                part["tie_word_embeddings"] = False
+        config = copy.deepcopy(self._checkpoint.config)
+        if self._dtype is not None:
+            for part in _parts(config):
+                part.update(
+                    {key: str(self._dtype).removeprefix("torch.") for key in {"dtype", "torch_dtype"} & set(part)}
+                )
+        if self.untied:
+            config = _untied(config, self._checkpoint.name)
         _write_json(folder / "config.json", config)
         if self._checkpoint.sharded:
             size = sum(shape.numel() * dtype.itemsize for dtype, shape in self._kinds())
@@ -231,6 +235,34 @@ def _head_names(model: nn.Module) -> set[str]:
     heads = [] if not callable(getter) else [getter()]
     modules = [(name, module) for name, module in model.named_modules() if any(module is head for head in heads)]
     return {f"{name}.{key}" for name, module in modules for key in module._parameters}
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A config and those inside it."""
+    return [config, *(value for value in config.values() if isinstance(value, dict))]
+
+
+def _untied(config: dict[str, Any], label: str) -> dict[str, Any]:
+    """A config that says that the head is a tensor of its own, and nothing else than before.
+
+    Raises:
+        CheckpointError: the model would compute something else.
+    """
+    from transformers import AutoConfig
+
+    def read(value: dict[str, Any]) -> dict[str, Any]:
+        settings: dict[str, Any] = AutoConfig.for_model(**value).to_dict()
+        return {key: setting for key, setting in settings.items() if key != _TIE}
+
+    before = read(copy.deepcopy(config))
+    for part in _parts(config):
+        if part is config or _TIE in part:
+            part[_TIE] = False
+    # A class may take the flag for something else, too: T5's says whether the decoder's output is scaled.
+    config.update({key: value for key, value in before.items() if read(copy.deepcopy(config)).get(key) != value})
+    if any(value != before[key] for key, value in read(copy.deepcopy(config)).items() if not isinstance(value, dict)):
+        raise CheckpointError(f"{label}: with {_TIE}=false this model computes something else, so it cannot be untied")
+    return config
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

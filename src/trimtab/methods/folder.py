@@ -190,7 +190,12 @@ def write_adapter_folder(path: Path, saved: SavedAdapter) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        contiguous = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
+        # What PEFT keeps outside the model (VeRA's pair) comes under its own whole name.
+        outside = PREFIX.partition(".")[0] + "."
+        contiguous = {
+            (name if name.startswith(outside) else PREFIX + name): tensor.detach().cpu().contiguous()
+            for name, tensor in saved.tensors.items()
+        }
         metadata = {"format": "pt", OURS: json.dumps(saved.extra, sort_keys=True)}
         save_file(contiguous, path / TENSOR_FILE, metadata=metadata)
         text = json.dumps(saved.config, indent=2, sort_keys=True) + "\n"

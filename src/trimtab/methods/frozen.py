@@ -19,7 +19,7 @@ from trimtab.methods.attached import record_of
 from trimtab.methods.base import Adapter, AdapterState, Method, Trainable, group_of
 from trimtab.methods.folder import SAMPLE, SavedAdapter, base_sample, encode_sample
 from trimtab.methods.keep import Kept
-from trimtab.nn.adapted import Adapted, dress, undress
+from trimtab.nn.adapted import Adapted, dress, merge_report, undress
 from trimtab.nn.inject import ALL_LINEAR, find_targets, parameter_roles
 from trimtab.nn.residence import Residence
 from trimtab.nn.weights import Dense, holder_of
@@ -266,8 +266,10 @@ class FrozenBaseAdapter(Adapter):
             raise CannotMerge(f"the model has other adapters, {others}, on the same base; detach them first")
         if self.record.active != self.attached_name:
             raise CannotMerge("this adapter is not the active one; trimtab.activate() it first")
+        if quantized:
+            merge_report(self.layers)
         self._record, self._name = self.record, self.attached_name
-        self._prepare_undo()
+        self._prepare_undo(quantized)
         for name, layer in self.layers.items():
             if layer.base.quantized and not quantized:
                 dense, module = layer.dense(self._residence.compute_dtype(name, layer)), self._targets[name]
@@ -280,25 +282,21 @@ class FrozenBaseAdapter(Adapter):
         self._inserted = False
         self._close("merged")
 
-    def _prepare_undo(self) -> None:
-        """Keep what `unmerge` needs, if anything is to be kept."""
-        kept = self._residence.kept
+    def _prepare_undo(self, quantized: bool) -> None:
+        """Keep what `unmerge` needs, if anything is to be kept; quantised weights if they are to be written into."""
+        kept, plain = self._residence.kept, self._residence.parameters
         if isinstance(kept, Kept):
             self._undo = kept.another("merged")
-            self._carried = {name: carry.clone() for name, carry in self._carries().items()}
+            self._carried = {name: carry.clone() for name, carry in self._carries().items() if name in plain}
             self._trained = list(self._residence.trained)
-            targets = [f"{name}.weight" for name in self._targets]
-            for name in {*targets, *self._trained}:
-                if name in self._residence.parameters:
-                    self._undo.put(name, self._residence.parameters[name])
+            targets = [n for target in self._targets if (n := f"{target}.weight") in plain or quantized]
+            self._residence.copy_to(self._undo, *targets, *self._trained)
 
     def unmerge(self) -> None:
         if self._closed != "merged":
             raise ValueError("unmerge(): this adapter is not merged")
         if self._undo is None:
-            raise CannotDetach(
-                "unmerge: no copy of the base is kept; attach with keep_base='host' or keep_base=<folder>"
-            )
+            raise CannotDetach("unmerge: no copy of the base is kept; attach with keep_base='host' or a folder")
         if record_of(self.model) is not None:
             raise CannotDetach("unmerge: the model has another adapter now; merge() or detach() that one first")
         for put_back in self._widened:

@@ -94,15 +94,20 @@ def load_adapter(
     for method in REGISTRY.values():
         config = method.from_saved(saved.config)
         if config is not None:
-            saved.check_base(model, str(path))
             record = record_of(model)
             before = record.active if record else ""
-            adapter = config.attach(model, name=name, keep_base=keep_base)
+            if record and before and not record.adapters[before].writes_base:
+                activate(model, None)  # what is compared is the base
+            adapter = None
             try:
+                saved.check_base(model, str(path))
+                adapter = config.attach(model, name=name, keep_base=keep_base)
                 config.load_saved(adapter, saved)
             except BaseException:
-                adapter.detach()
-                activate(model, before or None)
+                if adapter is not None:
+                    adapter.detach()
+                if before:
+                    activate(model, before)
                 raise
             return adapter
     kind = saved.config.get("peft_type")

@@ -21,6 +21,7 @@ from trimtab.errors import TrimtabError
 from trimtab.methods.base import StepReport
 from trimtab.methods.frozen import Role
 from trimtab.methods.lora import LoRA, LoRAAdapter
+from trimtab.nn.adapted import merge_report
 from trimtab.nn.residence import Residence
 from trimtab.optim.reset import ResetMode, reset_state
 
@@ -138,6 +139,7 @@ class ReLoRAAdapter(LoRAAdapter):
 
     def _restart(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         began = time.perf_counter()
+        losses = merge_report(self.layers)
         self._residence.edit(f"{name}.weight" for name in self.layers)
         for layer in self.layers.values():
             layer.merge_()
@@ -164,5 +166,6 @@ class ReLoRAAdapter(LoRAAdapter):
             "restart": self._restart_count,
             "reset_mode": self.config.reset,
             "reset_elements": touched,
+            **losses,
             "seconds": round(time.perf_counter() - began, 4),
         }

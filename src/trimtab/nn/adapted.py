@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trimtab.errors import CannotMerge
 from trimtab.nn.swap import Swapped, put_on, take_off
 from trimtab.nn.weights import Dense, Holder, holder_of, shape_of
 
@@ -67,6 +68,17 @@ class Adapted(Swapped):
         for block in self.base.row_blocks(self.weight):
             self.base.write_rows(self.weight, block, self._sum(self.weight, block, self.base))
 
+    @torch.no_grad()
+    def survival(self) -> tuple[float, float] | None:
+        """The sums of `Holder.survival` over the layer; None where `merge_` loses nothing for good."""
+        kept = total = 0.0
+        for block in self.base.row_blocks(self.weight):
+            found = self.base.survival(self.weight, block, self._sum(self.weight, block, self.base))
+            if found is None:
+                return None
+            kept, total = kept + found[0], total + found[1]
+        return kept, total
+
     def _layout(self) -> Holder:
         """A plain holder for tensors of this layer's stored layout."""
         return Dense(transposed=getattr(self.base, "transposed", False), exact=False)
@@ -84,6 +96,33 @@ class Adapted(Swapped):
         """
         wide = torch.float32 if weight.device.type == "mps" else torch.float64
         return self.merged_rows(holder.rows(weight, block).to(wide), block)
+
+
+def merge_report(layers: Mapping[str, Adapted]) -> dict[str, Any]:
+    """What a merge of these layers into their bases would lose; nothing is written. Empty if nothing is lost.
+
+    Returns:
+        `kept`: the surviving share of the update of all layers whose base loses some of it; `least_kept` and
+        `least_kept_layer`: that of the layer that loses most.
+
+    Raises:
+        CannotMerge: less survives than the bases' `min_kept`.
+    """
+    found = {name: sums for name, layer in layers.items() if (sums := layer.survival()) is not None}
+    total = sum(sums[1] for sums in found.values())
+    if not total:
+        return {}
+    kept = sum(sums[0] for sums in found.values()) / total
+    shares = {name: part / whole for name, (part, whole) in found.items() if whole}
+    least = min(shares, key=lambda name: shares[name])
+    needed = max(layers[name].base.min_kept for name in found)
+    if kept < needed:
+        raise CannotMerge(
+            f"rounding would leave {100 * kept:.1f} % of this merge ({100 * shares[least]:.1f} % in {least}), less "
+            f"than min_kept = {needed}; nothing was written. Quantise with master='host' or a folder, which loses "
+            "nothing, or with a lower min_kept"
+        )
+    return {"kept": round(kept, 4), "least_kept": round(shares[least], 4), "least_kept_layer": least}
 
 
 def dress(

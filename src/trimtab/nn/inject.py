@@ -62,9 +62,9 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], exclude: Sequen
     else:
         chosen = _by_ending(model, linears, targets)
     for ending in exclude:
-        if not any(_ends(name, ending) for name in linears):
-            raise TargetError(f"exclude: {ending!r} matches no linear layer; {_closest(ending, linears)}")
-    kept = {name: module for name, module in chosen.items() if not any(_ends(name, end) for end in exclude)}
+        if not any(name_ends(name, ending) for name in linears):
+            raise TargetError(f"exclude: {ending!r} matches no linear layer; {closest(ending, linears)}")
+    kept = {name: module for name, module in chosen.items() if not any(name_ends(name, end) for end in exclude)}
     if not kept:
         raise TargetError(
             f"exclude={list(exclude)!r} leaves none of the {len(chosen)} layers that targets={targets!r} matches"
@@ -99,7 +99,7 @@ def _by_pattern(model: nn.Module, linears: dict[str, nn.Module], pattern: str) -
     if not chosen:
         raise TargetError(
             f"targets={pattern!r} matches no linear layer (a string is a regular expression for whole names; for "
-            f"endings give a list); {_closest(pattern, linears)}"
+            f"endings give a list); {closest(pattern, linears)}"
         )
     return chosen
 
@@ -108,16 +108,16 @@ def _by_ending(model: nn.Module, linears: dict[str, nn.Module], endings: Sequenc
     if not endings:
         raise TargetError(f"targets is an empty list; name layer endings or use '{ALL_LINEAR}'")
     for ending in endings:
-        if any(_ends(name, ending) for name in linears):
+        if any(name_ends(name, ending) for name in linears):
             continue
-        others = [(n, m) for n, m in model.named_modules() if n and _ends(n, ending)]
+        others = [(n, m) for n, m in model.named_modules() if n and name_ends(n, ending)]
         if others:
             name, module = others[0]
             raise TargetError(
                 f"targets: {ending!r} matches {name}, a {type(module).__name__}, which is no nn.Linear or Conv1D"
             )
-        raise TargetError(f"targets: {ending!r} matches no linear layer; {_closest(ending, linears)}")
-    return {name: module for name, module in linears.items() if any(_ends(name, ending) for ending in endings)}
+        raise TargetError(f"targets: {ending!r} matches no linear layer; {closest(ending, linears)}")
+    return {name: module for name, module in linears.items() if any(name_ends(name, ending) for ending in endings)}
 
 
 def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
@@ -133,11 +133,13 @@ def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
             )
 
 
-def _ends(name: str, ending: str) -> bool:
+def name_ends(name: str, ending: str) -> bool:
+    """Whether the last whole parts of a qualified name are `ending`."""
     return name == ending or name.endswith(f".{ending}")
 
 
-def _closest(wanted: str, linears: dict[str, nn.Module]) -> str:
+def closest(wanted: str, linears: dict[str, nn.Module]) -> str:
+    """The near misses of a name ending, as the end of an error message."""
     endings = sorted({name.rpartition(".")[2] for name in linears})
     near = difflib.get_close_matches(wanted.rpartition(".")[2], endings, n=4, cutoff=0.3)
     return f"the closest names are {', '.join(near or endings[:8])}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.nn.precision import hold, release
-from trimtab.nn.weights import narrow_with_carry
+from trimtab.nn.weights import Holder, narrow_with_carry
 
 
 def _fingerprint(tensor: Tensor) -> tuple[int, float] | None:
@@ -29,7 +29,7 @@ def _fingerprint(tensor: Tensor) -> tuple[int, float] | None:
     return int(torch.hash_tensor(exact).view(torch.int64)), float(exact.sum(dtype=torch.float64))
 
 
-def _disarm_fused_encoders(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+def disarm_fused_encoders(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """Keep torch's encoder layers from reading their sublayers' weights past the sublayers' own forward.
 
     In eval mode without gradients `nn.TransformerEncoderLayer` takes a fused path that would see neither an
@@ -74,11 +74,16 @@ class Residence:
         self._plain = {name: (p.dtype, p.requires_grad) for name, p in self.parameters.items()}
         self.compute = {name: dtype or p.dtype for name, p in self.parameters.items()}
         self.carries: dict[str, Tensor] = {}
+        self._quantized: dict[str, nn.Module] = {
+            f"{name}.weight": module
+            for name, module in model.named_modules()
+            if isinstance(own := getattr(module, "holder", None), Holder) and own.quantized
+        }
         self.kept = kept
         self._edited: set[str] = set()
         self._live: dict[str, Tensor] = {}
         self._fingerprints: dict[str, tuple[int, float] | None] = {}
-        self._armed = _disarm_fused_encoders(model)
+        self._armed = disarm_fused_encoders(model)
         self._owners: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             for parameter in module._parameters.values():
@@ -132,9 +137,23 @@ class Residence:
                 if not any(p is not None and p.requires_grad for p in owner._parameters.values()):
                     release(owner)
 
+    def _stored(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a parameter, by the names to keep them under: a quantised weight has several."""
+        if name in self.parameters:
+            return {name: self.parameters[name]}
+        module = self._quantized.get(name)
+        own = None if module is None else getattr(module, "holder", None)
+        return {} if own is None else {name + part: t for part, t in own.stored(module.weight).items()}  # type: ignore[union-attr]
+
+    def copy_to(self, kept: Keep, *names: str) -> None:
+        """Keep copies of parameters; of a quantised weight, of all that it is made of."""
+        for name in names:
+            for key, tensor in self._stored(name).items():
+                kept.put(key, tensor)
+
     def _keep(self, name: str) -> None:
         if self.kept is not None and name not in self.kept:
-            self.kept.put(name, self.parameters[name])
+            self.copy_to(self.kept, name)
 
     def edit(self, names: Iterable[str], *, kept: Keep | None = None) -> None:
         """Say that these frozen parameters are about to be written into; call it before.
@@ -145,8 +164,7 @@ class Residence:
         """
         self.kept = self.kept if self.kept is not None else kept
         for name in names:
-            if name in self.parameters:
-                self._keep(name)
+            self._keep(name)
             self._edited.add(name)
 
     def written_in_training(self, names: Iterable[str]) -> list[str]:
@@ -179,25 +197,23 @@ class Residence:
     def show_base(self) -> None:
         """Put the kept values in the place of all that was written, until `hide_base`; parameters stay themselves."""
         for name in self.changed():
-            if name in self.parameters:
+            for key, tensor in self._stored(name).items():
                 assert self.kept is not None
-                parameter = self.parameters[name]
-                self._live[name] = parameter.data
-                parameter.data = self.kept.get(name).to(parameter.device, parameter.dtype)
+                self._live[key] = tensor.data
+                tensor.data = self.kept.get(key).to(tensor.device, tensor.dtype)
 
     def hide_base(self) -> None:
         """Put back what `show_base` took away."""
-        for name, live in self._live.items():
-            self.parameters[name].data = live
-        self._live.clear()
+        for name in [*self.parameters, *self._quantized] if self._live else ():
+            for key, tensor in self._stored(name).items():
+                if key in self._live:
+                    tensor.data = self._live.pop(key)
 
     def take_back(self, trained: Iterable[str], values: Keep) -> None:
         """Undo `settle`: the `trained` train again, the others are frozen, and those in `values` have these values."""
         wanted = set(trained)
         self.freeze(name for name in self.parameters if name not in wanted)
-        for name, parameter in self.parameters.items():
-            if name in values:
-                parameter.data = values.get(name).to(parameter.device)
+        self._put_back(values)
         self.train(name for name in self.parameters if name in wanted)
         for module, attribute, value in self._armed:
             setattr(module, attribute, type(value)(0))
@@ -209,12 +225,20 @@ class Residence:
 
     def restore(self) -> None:
         """Leave the model as it came, its dtypes included; exact if nothing was lost or narrowed."""
-        for name in self.parameters:
-            if self.kept is not None and name in self.kept:
-                self.parameters[name].data = self.kept.get(name).to(self.parameters[name].device)
+        if self.kept is not None:
+            self._put_back(self.kept)
         self._leave({name: dtype for name, (dtype, _) in self._plain.items()})
         if self.kept is not None:
             self.kept.drop()
+
+    def _put_back(self, values: Keep) -> None:
+        for name, parameter in self.parameters.items():
+            if name in values:
+                parameter.data = values.get(name).to(parameter.device)
+        for name in self._quantized:
+            for key, tensor in self._stored(name).items():
+                if key in values:
+                    tensor.data.copy_(values.get(key))  # in place: a master may be a mapped file
 
     def _leave(self, dtypes: dict[str, torch.dtype]) -> None:
         for name, parameter in self.parameters.items():

@@ -71,6 +71,8 @@ class Holder(abc.ABC):
     quantized: ClassVar[bool] = False
     #: What rounding lost, in the weight's stored shape; None stands for nothing.
     carry: Tensor | None = None
+    #: A merge of which less than this share survives is refused.
+    min_kept: float = 0.0
 
     @abc.abstractmethod
     def matmul(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,6 +97,18 @@ class Holder(abc.ABC):
     @abc.abstractmethod
     def write_rows(self, weight: Tensor, block: slice, value: Tensor) -> None:
         """Store a `value` (rows, in) of a block, rounded to nearest; what that loses is carried."""
+
+    def stored(self, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors that `write_rows` writes, by a suffix to the weight's name; "" is the weight itself."""
+        return {"": weight}
+
+    def survival(self, weight: Tensor, block: slice, value: Tensor) -> tuple[float, float] | None:
+        """How much of a merge would be left, were these rows written; None where nothing is lost for good.
+
+        With d = value - rows and c = the change that `write_rows` would make: the sums of c d and of d d. Their
+        ratio is the surviving share.
+        """
+        return None
 
     def widen(self, module: nn.Module, weight: Tensor) -> Callable[[], None]:
         """Let `module`, whose weight this holds in few bits, hold the dense `weight` (out, in) instead.

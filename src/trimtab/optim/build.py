@@ -1,28 +1,23 @@
 """Optimizers by name.
 
-bitsandbytes is imported here and nowhere else at first use. What was found in its 0.50.2:
+What was found in bitsandbytes 0.50.2 (how it is imported, and when not, is in `trimtab.bnb`):
 
-* Importing it imports its CPU backend, which on a processor with AVX512-BF16 calls
-  `kernels.get_kernel("kernels-community/quantization-bitsandbytes")` at module level: where the package
-  `kernels` is importable, that downloads a compiled library from a hub and loads it. On Apple devices
-  the MPS backend does the same at the first call. A training run must not fetch binaries behind its
-  user's back, so 8-bit AdamW is refused while `kernels` is importable.
 * Its 8-bit AdamW runs on a CPU, in plain torch: moments are decoded, updated in fp32 and encoded again.
   Tensors below 4,096 elements keep fp32 moments.
+* Its paged optimizers hold the moments of tensors from 100,000 elements on in CUDA's unified memory, which the
+  driver moves to the host when the GPU is full. On a CPU they warn and do nothing of the kind; here that is an error.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from trimtab.bnb import FetchesBinaries, import_bitsandbytes
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +27,16 @@ Groups = Sequence[dict[str, Any]]
 
 # Large enough for bitsandbytes to hold its moments in 8 bits.
 _PROBE_ELEMENTS = 8192
+
+# Large enough for bitsandbytes to page them.
+_PAGED_PROBE_ELEMENTS = 1 << 17
+
+#: bitsandbytes' class of each optimizer that is its own.
+_FROM_BITSANDBYTES = {
+    "adamw8bit": "AdamW8bit",
+    "paged_adamw8bit": "PagedAdamW8bit",
+    "paged_adamw32bit": "PagedAdamW32bit",
+}
 
 
 def build_optimizer(config: OptimConfig, groups: Groups, device: torch.device | str) -> torch.optim.Optimizer:
@@ -45,8 +50,8 @@ def build_optimizer(config: OptimConfig, groups: Groups, device: torch.device | 
         device: where the parameters are.
 
     Raises:
-        ConfigError: this device cannot run the optimizer, its package is missing, or it would fetch a
-            binary from a hub. The message names `optim.name`.
+        ConfigError: this device cannot run the optimizer (or only pretends to page), its package is missing, or
+            it would fetch a binary from a hub. The message names `optim.name`.
     """
     device = torch.device(device)
     options: dict[str, Any] = {
@@ -56,10 +61,10 @@ def build_optimizer(config: OptimConfig, groups: Groups, device: torch.device | 
         "weight_decay": config.weight_decay,
     }
     dtypes = {parameter.dtype for group in groups for parameter in group["params"]} or {torch.float32}
-    if config.name == "adamw8bit":
-        make = _adamw8bit()
+    if config.name in _FROM_BITSANDBYTES:
+        make = _bitsandbytes(config.name)
         for dtype in dtypes:
-            _probe(make, dtype, device, "adamw8bit")
+            _probe(make, dtype, device, config.name)
         return make(groups, **options)
     try:
         for dtype in dtypes:
@@ -75,10 +80,15 @@ def _fused_adamw(groups: Groups, **options: Any) -> torch.optim.Optimizer:
 
 def _probe(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, device: torch.device, name: str) -> None:
     """Take one real step on a small tensor; what a package claims to support is no evidence."""
-    parameter = nn.Parameter(torch.zeros(_PROBE_ELEMENTS, dtype=dtype, device=device))
+    paged = name.startswith("paged_")
+    elements = _PAGED_PROBE_ELEMENTS if paged else _PROBE_ELEMENTS
+    parameter = nn.Parameter(torch.zeros(elements, dtype=dtype, device=device))
     parameter.grad = torch.ones_like(parameter)
     try:
-        make([{"params": [parameter]}], lr=0.5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0).step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it does not page is said below, as an error
+            optimizer = make([{"params": [parameter]}], lr=0.5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+            optimizer.step()
         moved = bool((parameter.detach().float() + 0.5).abs().max() < 0.05)  # a first Adam step is -lr * sign(grad)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -91,32 +101,22 @@ def _probe(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, devic
             f"optim.name = {name} makes a wrong first step on {device.type} with {dtype} parameters here; "
             "use optim.name=adamw"
         )
-
-
-def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:
-    if "kernels" in sys.modules or importlib.util.find_spec("kernels") is not None:
+    if paged and not getattr(optimizer.state[parameter].get("state1"), "is_paged", False):
+        plain = "adamw8bit" if name == "paged_adamw8bit" else "adamw"
         raise ConfigError(
-            "optim.name = adamw8bit: the package `kernels` is installed, and with it bitsandbytes fetches a compiled "
-            "library from a hub when it is imported; uninstall `kernels`, or use optim.name=adamw"
+            f"optim.name = {name} only pretends to page on {device.type}: its state would lie in plain memory; "
+            f"use optim.name={plain}"
         )
+
+
+def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
     try:
-        with _quiet("bitsandbytes.backends.cpu.ops"):
-            import bitsandbytes
+        optimizers = import_bitsandbytes().optim
+    except FetchesBinaries as error:
+        raise ConfigError(f"optim.name = {name}: {error}, or use optim.name=adamw") from None
     except ImportError as error:
         raise ConfigError(
-            "optim.name = adamw8bit needs the package bitsandbytes: pip install 'trimtab[bnb]', or use optim.name=adamw"
+            f"optim.name = {name} needs the package bitsandbytes: pip install 'trimtab[bnb]', or use optim.name=adamw"
         ) from error
-    make: Callable[..., torch.optim.Optimizer] = bitsandbytes.optim.AdamW8bit
+    make: Callable[..., torch.optim.Optimizer] = getattr(optimizers, _FROM_BITSANDBYTES[name])
     return make
-
-
-@contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Hold back the advice to install `kernels`, which this module refuses."""
-    speaker = logging.getLogger(logger)
-    level = speaker.level
-    speaker.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        speaker.setLevel(level)

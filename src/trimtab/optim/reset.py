@@ -8,6 +8,10 @@ and set step to 1 with the survivors rescaled, so that the bias-corrected moment
 
 8-bit states (bitsandbytes) hold codes into a map, times a scale a block. The code for zero is not 0: it is
 looked up in each state's own map.
+
+Paged states lie in CUDA's unified memory, which bitsandbytes (0.50.2) takes and has no call to give back: a state
+that is dropped and made anew would leak at every restart. So they are set to what a new state is, in place. To
+torch they are tensors of the host, while their scales are on the GPU.
 """
 
 from __future__ import annotations
@@ -65,7 +69,10 @@ def reset_state(
         found += 1
         if mode == "drop":
             touched += sum(state[key].numel() for key in _moment_keys(state, optimizer))
-            del optimizer.state[parameter]
+            if any(getattr(value, "is_paged", False) for value in state.values()):
+                _renew(state)
+            else:
+                del optimizer.state[parameter]
         else:
             betas = _betas(optimizer, parameter)
             touched += _prune(state, optimizer, name, mode, ratio, seed, betas, reference)
@@ -96,6 +103,17 @@ def _betas(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[f
     raise ConfigError(
         "an adapter's parameter is in no group of the optimizer; build it from adapter.parameter_groups()"
     )
+
+
+def _renew(state: dict[str, Any]) -> None:
+    """Make a state of bitsandbytes what it is before the first step, in its own memory: no step, moments and scales 0.
+
+    With a scale of 0 every code stands for 0; bitsandbytes begins with code 0.
+    """
+    for key, value in state.items():
+        if isinstance(value, Tensor) and not key.startswith("qmap"):
+            value.zero_()
+    state["step"] = 0
 
 
 def _prune(
@@ -137,7 +155,7 @@ def _keep_mask(like: Tensor, score: Tensor | None, ratio: float, key: Sequence[o
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         score = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").to(like.device)
     mask = torch.zeros(n, dtype=torch.bool, device=like.device)
-    mask[score.flatten().topk(kept, sorted=False).indices] = True
+    mask[score.flatten().topk(kept, sorted=False).indices.to(like.device)] = True
     return mask.view(like.shape)
 
 
@@ -154,7 +172,8 @@ def _magnitude(state: Mapping[str, Any], key: str) -> Tensor:
     value: Tensor = state[key]
     if not _is_coded(state, key):
         return value.abs()
-    levels = state[f"qmap{_index(key)}"].abs()[value.flatten().int()]
+    levels = state[f"qmap{_index(key)}"].abs()
+    levels = levels[value.flatten().to(levels.device).int()]
     scales: Tensor = state[f"absmax{_index(key)}"]
     block = -(-value.numel() // scales.numel())
     # Blocks have a power of two of entries; only the last one may be shorter.

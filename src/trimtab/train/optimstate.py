@@ -24,6 +24,9 @@ from trimtab.errors import CheckpointError
 #: how torch runs the step (which may differ on another machine).
 _NOT_STORED = {"params", "names", "group", "lr", "initial_lr", "foreach", "fused", "capturable", "differentiable"}
 
+#: The moments of bitsandbytes' optimizers, which paged ones hold in memory of a special kind.
+_PAGED = ("state1", "state2")
+
 
 def encode(value: Any) -> Any:
     """A Python scalar, string, list or tuple as JSON that `decode` turns back into the same type and value."""
@@ -121,6 +124,7 @@ def unpack(optimizer: Optimizer, tensors: Mapping[str, Tensor], packed: Mapping[
         raise CheckpointError(f"the checkpoint's optimizer trains other parameters than this run: {what}")
     placed: dict[tuple[str, torch.device], Tensor] = {}
     fresh: dict[Tensor, dict[str, Any]] = {}
+    paged = bool(getattr(optimizer, "is_paged", False))
     for group, stored in zip(optimizer.param_groups, stored_groups, strict=True):
         group.update({key: decode(value) for key, value in stored["settings"].items()})
         for name in stored["names"]:
@@ -129,7 +133,9 @@ def unpack(optimizer: Optimizer, tensors: Mapping[str, Tensor], packed: Mapping[
             parameter = parameters[name]
             entry: dict[str, Any] = {}
             for key, value in packed["state"][name].items():
-                if isinstance(value, dict) and "tensor" in value:
+                if isinstance(value, dict) and "tensor" in value and key in _PAGED and paged:
+                    entry[key] = _page(optimizer, parameter, value["tensor"], tensors)
+                elif isinstance(value, dict) and "tensor" in value:
                     entry[key] = _place(value["tensor"], _device(key, group, parameter), tensors, placed)
                 else:
                     entry[key] = decode(value)
@@ -143,6 +149,14 @@ def _device(key: str, group: Mapping[str, Any], parameter: Tensor) -> torch.devi
     if key == "step" and not (group.get("fused") or group.get("capturable")):
         return torch.device("cpu")
     return parameter.device
+
+
+def _page(optimizer: Any, parameter: Tensor, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The stored moment in memory that the optimizer pages, as its own first step would have taken it."""
+    if key not in tensors:
+        raise CheckpointError(f"the checkpoint's optimizer state lacks the tensor {key}")
+    buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=tensors[key].dtype)
+    return buffer.copy_(tensors[key])
 
 
 def _place(
