@@ -33,7 +33,7 @@ from trimtab.nn.lora_embedding import LoRAEmbeddingMixin
 from trimtab.nn.lowrank import LoRAMixin
 from trimtab.nn.residence import Residence
 from trimtab.nn.tied import untie
-from trimtab.nn.weights import holder_of, shape_of
+from trimtab.nn.weights import holder_of, is_conv1d, shape_of
 
 #: Of `parameter_groups`: the name of LoRA+'s group, and the key of what its rate is multiplied by.
 FAST, RATIO = "adapter_fast", "lr_ratio"
@@ -211,18 +211,19 @@ class LoRAAdapter(FrozenBaseAdapter):
 
     def _adapt(self) -> None:
         """Freeze the base and put A and B beside each target's weight."""
+        kept = Kept("host")
         if self.config.init == "pissa":
             self.start = self._principal()
-            kept = Kept("host")
+            weights = {f"{name}.weight": self._residence.parameters[f"{name}.weight"] for name in self.start}
             if not self.config.switch_step:  # what a warm start trained is not what the model came with
-                for name in self.start:
-                    kept.put(f"{name}.weight", self._residence.parameters[f"{name}.weight"])
+                for name, weight in weights.items():
+                    if weight.device.type != "meta":
+                        kept.put(name, weight)
         self._begin()
         self.adapted = True
         self._draw()
         if self.start:
-            self._residence.edit((f"{name}.weight" for name in self.start), kept=kept)
-            self._take_out()
+            self._take_out(kept)
         if self.config.dora:
             for layer in self.layers.values():
                 layer.set_magnitude()
@@ -243,6 +244,8 @@ class LoRAAdapter(FrozenBaseAdapter):
             weight, holder = module.weight, holder_of(module)
             assert isinstance(weight, Tensor)
             if weight.device.type == "meta":
+                rank, (rows, columns) = self.config.rank_of(name), shape_of(module)
+                found[name] = torch.empty(rank, columns, device="meta"), torch.empty(rows, rank, device="meta")
                 continue
             value = torch.cat([holder.rows(weight.detach(), block) for block in holder.row_blocks(weight)])
             try:
@@ -255,10 +258,13 @@ class LoRAAdapter(FrozenBaseAdapter):
         return found
 
     @torch.no_grad()
-    def _take_out(self) -> None:
+    def _take_out(self, kept: Kept) -> None:
         """Let A and B be PiSSA's, and W what they leave of it."""
         for name, (a, b) in self.start.items():
+            if a.device.type == "meta":
+                continue
             layer = self.layers[name]
+            self._residence.edit([f"{name}.weight"], kept=kept)
             layer.lora_A.copy_(a)
             layer.lora_B.copy_(b)
             wide = torch.float32 if layer.weight.device.type == "mps" else torch.float64
@@ -344,6 +350,16 @@ class LoRAAdapter(FrozenBaseAdapter):
         for layer in self.layers.values():
             if isinstance(layer, DoRAMixin):
                 layer.squares = None  # the weight may be loaded, too, after this
+
+    def merged_tensor(self, name: str, value: Tensor) -> Tensor:
+        """As every method's; for PiSSA `value` is one of the base as it came, of which the start is taken out first."""
+        owner, _, leaf = name.rpartition(".")
+        if owner not in self.start or leaf != "weight":
+            return super().merged_tensor(name, value)
+        a, b = (factor.to(value.device).double() for factor in self.start[owner])
+        product = self.config.scale_of(owner) * (b @ a)
+        rest = value.double() - (product.t() if is_conv1d(self._targets[owner]) else product)
+        return super().merged_tensor(name, rest).to(value.dtype)
 
     def detach(self) -> None:
         super().detach()
