@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         attach,
         load_adapter,
     )
-    from trimtab.models.quantize import quantize
+    from trimtab.models.quantize import dequantize, quantize
     from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.optim.schedule import Schedule
@@ -61,6 +61,7 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "dequantize",
     "linear_cross_entropy",
     "load_adapter",
     "load_quantized",
@@ -83,7 +84,7 @@ _HOMES = {
         "attach",
         "load_adapter",
     ),
-    "trimtab.models.quantize": ("quantize",),
+    "trimtab.models.quantize": ("dequantize", "quantize"),
     "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.optim.schedule": ("Schedule",),

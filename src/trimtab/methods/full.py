@@ -41,7 +41,7 @@ class FullAdapter(FrozenBaseAdapter):
         self._begin()
 
     def _in_full(self) -> Iterable[str]:
-        return list(self._residence.parameters)
+        return self._residence.everything()
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
         return plain_weights(self._matrices)

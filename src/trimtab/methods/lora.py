@@ -119,7 +119,7 @@ class LoRAAdapter(FrozenBaseAdapter):
         self._restart_count = 0
         self.adapted = False
         if config.switch_step:
-            residence.train(residence.parameters)
+            residence.train(residence.everything())
         else:
             self._adapt()
 
