@@ -139,7 +139,7 @@ def test_full_training_of_4_bits_is_refused(method: trimtab.Method) -> None:
     model = tiny_llama()
     trimtab.quantize(model)
     before = everything(model)
-    with pytest.raises(ConfigError, match="held in 4 bits and cannot train"):
+    with pytest.raises(ConfigError, match="is held in 4 bits and cannot train"):
         trimtab.attach(model, method)
     assert same(before, everything(model))
 

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import ConfigError
 from trimtab.nn.precision import hold, release
 from trimtab.nn.weights import Holder, narrow_with_carry
 
@@ -91,24 +90,14 @@ class Residence:
                 if parameter is not None:
                     self._owners.setdefault(id(parameter), []).append(module)
 
+    def quantized(self) -> list[str]:
+        """The names of the weights that are held in few bits, and so cannot train."""
+        return list(self._quantized)
+
     @property
     def trained(self) -> list[str]:
         """The names of the base's tensors that train now."""
         return [name for name in self.parameters if name in self._fingerprints]
-
-    def everything(self) -> list[str]:
-        """The names of all parameters, for training in full.
-
-        Raises:
-            ConfigError: a weight is held in 4 bits, and cannot train.
-        """
-        if self._quantized:
-            first, others = next(iter(self._quantized)), len(self._quantized) - 1
-            raise ConfigError(
-                f"{first} and {others} more weights are held in 4 bits and cannot train in full; load the model "
-                "without quantising it, or train an adapter on it (warm_start_steps=0)"
-            )
-        return list(self.parameters)
 
     def compute_dtype(self, name: str, module: nn.Module) -> torch.dtype:
         """The dtype that a linear layer called `name` computes in."""

@@ -8,9 +8,12 @@ Backward, with h_TR = g_TO M and P_OR = g' u:
     db_O = (P * B) d        dd_R = b (P * B)        dx_TI = g W + undrop(h A)
 
 Neither gradient needs x, since W and A are frozen: u alone is saved, R numbers a token, once for all layers
-that read the same x (see `reading`). Nothing of output width is made beside y: b, d are folded into the small
-matrix, and P holds the sums over tokens of both gradients, so that z B' is not formed again. These sums are
-accumulated in fp32, and the fold is done in fp32 and rounded once.
+that read the same x (see `reading`). Where the step before keeps x for its own backward (attention keeps its
+output, which the output projection reads), not even u is saved: it is made again from x.
+
+Nothing of output width is made beside y: b, d are folded into the small matrix, and P holds the sums over
+tokens of both gradients, so that z B' is not formed again. These sums are accumulated in fp32, and the fold is
+done in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -54,6 +57,26 @@ def _sum_over_tokens(g_TO: Tensor, u_TR: Tensor) -> Tensor:
     return g_TO.t() @ u_TR
 
 
+#: Autograd nodes that keep their output for their own backward.
+_KEEPERS = ("ScaledDotProduct", "Relu", "Sigmoid", "Softmax", "Tanh")
+#: Autograd nodes whose result is their input's memory.
+_VIEWS = frozenset(
+    f"{name}Backward0"
+    for name in ("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "Squeeze", "Unsqueeze")
+)
+
+
+def kept_anyway(x: Tensor) -> bool:
+    """Whether x is a view of what the autograd node that made it keeps, so that keeping x, too, costs nothing.
+
+    Should a node of one of these names not keep its output, memory is lost and nothing else.
+    """
+    node = x.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith(_KEEPERS)
+
+
 class _VeRAFunction(torch.autograd.Function):
     """See the module. The branch's input is x itself where `branch` is None, and else has a gradient of its own."""
 
@@ -70,14 +93,16 @@ class _VeRAFunction(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         base: Holder,
+        keep_u: bool,
     ) -> Tensor:
         if u is None:
             u = (x if branch is None else branch) @ A.to(x.dtype).t()
         ctx.base, ctx.bias_dtype, ctx.split = base, None if bias is None else bias.dtype, branch is not None
         # A and B are kept as they are, not as saved tensors: they belong to the model, and hooks that move or
-        # count what is saved have no business with them. x is kept only for a weight that trains.
+        # count what is saved have no business with them.
         ctx.pair = (A, B)
-        ctx.save_for_backward(u, d, b, weight, x if weight.requires_grad else None)
+        keep_x = weight.requires_grad or not keep_u
+        ctx.save_for_backward(u if keep_u else None, d, b, weight, x if keep_x else None)
         y_TO = base.matmul(weight, x, bias)
         if x.shape[0] < B.shape[1]:  # a few tokens, as in generation: cheaper than folding (O, R)
             z_TR = (u * d.to(_wide(x.dtype))).to(x.dtype)
@@ -93,6 +118,7 @@ class _VeRAFunction(torch.autograd.Function):
         need_x, need_branch, _, need_w, need_c, need_d, need_b = ctx.needs_input_grad[:7]
         dx = dbranch = dw = dc = dd = db = None
         if need_d or need_b:
+            u_TR = x_TI @ A.to(x_TI.dtype).t() if u_TR is None else u_TR
             PB_OR = _sum_over_tokens(g_TO, u_TR).to(_wide(g_TO.dtype)).mul_(B)
             db = (PB_OR @ d.to(PB_OR)).to(b.dtype) if need_b else None
             dd = (b.to(PB_OR) @ PB_OR).to(d.dtype) if need_d else None
@@ -107,7 +133,7 @@ class _VeRAFunction(torch.autograd.Function):
             dw = ctx.base.grad_weight(x_TI, g_TO).to(weight.dtype)
         if need_c:
             dc = g_TO.sum(0, dtype=_wide(g_TO.dtype)).to(ctx.bias_dtype)
-        return dx, dbranch, None, dw, dc, dd, db, None, None, None
+        return dx, dbranch, None, dw, dc, dd, db, None, None, None, None
 
 
 class _DropFunction(torch.autograd.Function):
@@ -160,11 +186,13 @@ def vera_linear(
     """
     flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
     with _plain_arithmetic(x.device.type):
-        u = branch = None
+        u, branch, keep_u = None, None, True
         compiling = torch.compiler.is_compiling()
         if dropout:
             # A compiler cannot follow a seed through Python, and decides itself what becomes of the mask.
             branch = F.dropout(flat, dropout) if compiling else _DropFunction.apply(flat, dropout)  # type: ignore[no-untyped-call]
+        elif not compiling and kept_anyway(flat):
+            keep_u = False
         elif followers is not None and not compiling:
 
             def make() -> Tensor:
@@ -172,7 +200,7 @@ def vera_linear(
                     return flat @ A.to(flat.dtype).t()
 
             u = share(make, x, A, flat.dtype, reader=reader, followers=followers)
-        out: Tensor = _VeRAFunction.apply(flat, branch, u, weight, bias, d, b, A, B, base)  # type: ignore[no-untyped-call]
+        out: Tensor = _VeRAFunction.apply(flat, branch, u, weight, bias, d, b, A, B, base, keep_u)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], B.shape[0])
 
 

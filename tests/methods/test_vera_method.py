@@ -147,19 +147,19 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @pytest.mark.parametrize(
-    ("shape", "share"), [((768, 2048, 12, 12), 0.42), ((1024, 2736, 16, 16), 0.43), ((1024, 2736, 16, 4), 0.44)]
+    ("shape", "share"), [((768, 2048, 12, 12), 0.42), ((1024, 2736, 16, 16), 0.42), ((1024, 2736, 16, 4), 0.431)]
 )
-def test_a_whole_block_keeps_four_u_beyond_the_frozen_block(shape: tuple[int, ...], share: float) -> None:
-    """q/k/v, o, gate/up and down read four inputs: 4 x 512 bytes a token, against PEFT's 38 KB and more."""
+def test_a_whole_block_keeps_three_u_beyond_the_frozen_block(shape: tuple[int, ...], share: float) -> None:
+    """q/k/v, gate/up and down have a u each, and o's input is kept by the attention: 3 x 512 bytes a token."""
     peft = pytest.importorskip("peft")
     x = torch.randn(1, 64, shape[0], dtype=torch.bfloat16, requires_grad=True)
     frozen = Block(*shape).kept(x)
     ours = Block(*shape)
     attach(ours, rank=256)
-    assert ours.kept(x) - frozen == 4 * 512
+    assert ours.kept(x) - frozen == 3 * 512
     theirs = Block(*shape)
     peft.get_peft_model(theirs, peft.VeraConfig(r=256, target_modules=LINEARS))
-    assert ours.kept(x) < share * theirs.kept(x)
+    assert ours.kept(x) <= share * theirs.kept(x)
 
 
 def test_a_decoder_reads_the_encoders_output_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -179,6 +180,29 @@ def test_a_group_saves_u_once(outs: tuple[int, ...], sliced: bool) -> None:
     for _ in range(3):
         x = torch.randn(1, tokens, 1024, dtype=torch.bfloat16, requires_grad=True)
         assert saved_bytes(lambda x=x: group(x)) == 512 * tokens  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("maker", [F.relu, torch.tanh, torch.sigmoid, lambda x: F.softmax(x, -1)])
+def test_an_input_that_is_kept_anyway_costs_no_u(maker: Callable[[Tensor], Tensor]) -> None:
+    """What made x keeps x: the layer adds nothing to it, and the gradients are the same to the last bit."""
+    layer = Group((24,), 32, 8).layers[0]
+    x = torch.randn(2, 50, 4, 8, requires_grad=True)
+
+    def run(known: bool) -> Tensor:
+        made = maker(x).transpose(1, 2).transpose(1, 2).reshape(2, 50, 32)
+        return layer(made if known else made.clone())
+
+    alone = saved_bytes(lambda: maker(x))
+    assert saved_bytes(lambda: run(True)) == alone == 4 * 2 * 50 * 32
+    assert saved_bytes(lambda: run(False)) == alone + 4 * 2 * 50 * 8
+    grads = []
+    for known in (True, False):
+        layer.zero_grad()
+        x.grad = None
+        run(known).square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    assert len(grads[0]) == 3
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))  # type: ignore[arg-type]
 
 
 def test_dropout_saves_a_u_for_each_layer_and_no_mask() -> None:
