@@ -10,7 +10,9 @@ from models_for_tests import MODELS, logits, tiny_bert, tiny_gpt2, tiny_llama, t
 from torch import Tensor, nn
 
 import trimtab
+from trimtab.config import OptimConfig
 from trimtab.methods.lora import LoRAAdapter
+from trimtab.train.memory import phase_row, predict_phases
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -290,3 +292,40 @@ def test_restarts_keep_the_sum_with_these_settings(settings: str, dtype: str) ->
     assert all(getattr(layer, layer.starts_at_zero).abs().sum() == 0 for layer in adapter.layers.values()) == (
         settings != "orthogonal"
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("config", ["dora", *NEAR])
+def test_a_tensor_merged_from_outside_is_that_of_merge(config: str, family: str) -> None:
+    """merged_tensor takes values of the base as it came, PiSSA's too, and gives what merge writes."""
+    base, model = MODELS[family](), MODELS[family]()
+    adapter = attached(model, NEAR.get(config, trimtab.LoRA(rank=4, dora=True)))
+    train(model, adapter, optimizer_of(adapter), range(1, 4))
+    found = {name: adapter.merged_tensor(name, p.detach()) for name, p in base.named_parameters()}
+    adapter.merge()
+    for name, value in model.named_parameters():
+        assert torch.allclose(found[name], value, atol=1e-6), name
+    moved = [name for name, p in base.named_parameters() if not torch.allclose(found[name], p, atol=1e-4)]
+    assert len(moved) >= 8
+
+
+SHADOWED = NEAR | {
+    "dora": trimtab.LoRA(rank=4, dora=True, lora_plus=2),
+    "embedding": trimtab.LoRA(rank=4, targets=("embed_tokens", "q_proj"), rank_pattern={"q_proj": 2}),
+    "warm": trimtab.LoRA(rank=4, dora=True, init="pissa", warm_start_steps=2),
+}
+
+
+@pytest.mark.parametrize("config", SHADOWED)
+def test_memory_is_foretold(config: str) -> None:
+    """The row that a shadow on the meta device gives is the row of the real model."""
+    optim = OptimConfig()
+    shadow = predict_phases(tiny_llama(), SHADOWED[config], optim, dtype=torch.bfloat16, pure=False)
+    model = tiny_llama()
+    adapter = attached(model, SHADOWED[config], dtype=torch.bfloat16)
+    rows = []
+    if switch := SHADOWED[config].switch_step:
+        rows.append(phase_row(adapter, optim, "warm start", 0))
+        train(model, adapter, optimizer_of(adapter), range(1, switch + 1))
+    rows.append(phase_row(adapter, optim, "adapter" if switch else "training", switch))
+    assert shadow == rows
