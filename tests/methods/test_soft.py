@@ -342,3 +342,27 @@ def test_models_and_calls_that_cannot_have_one(name: str) -> None:
         call(model, ids, cu_seq_lens_q=torch.tensor([0, 6, 12]))
     with pytest.raises(trimtab.ConfigError, match="attention_mask is dict"):
         call(model, ids, attention_mask={})
+
+
+@pytest.mark.parametrize(("config", "cached"), [("prompt", False), ("prefix", False), ("prefix", True)])
+def test_blocks_compile_once_for_all_depths(config: str, cached: bool) -> None:
+    """Twelve compiled blocks are two graphs (whether the first block's input needs a gradient) and answer alike."""
+    torch._dynamo.reset()
+    model, ids = tiny_llama(num_hidden_layers=12), token_ids()
+    adapter = attached(model, config)
+    eager = logits(model, ids)
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+    out = model(input_ids=ids, use_cache=cached).logits
+    out.square().sum().backward()
+    assert graphs <= 2
+    assert torch.allclose(out, eager, atol=1e-4)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.own().values())
+    torch._dynamo.reset()
