@@ -19,8 +19,10 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import (
+        IA3,
         AdaLoRA,
         Adapter,
+        BitFit,
         Bottleneck,
         Full,
         LoRA,
@@ -33,18 +35,22 @@ if TYPE_CHECKING:
         activate,
         adapters,
         attach,
+        combine,
         load_adapter,
     )
     from trimtab.models.quantize import quantize
     from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
+    from trimtab.nn.tied import untie
     from trimtab.optim.schedule import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "AdaLoRA",
     "Adapter",
+    "BitFit",
     "Bottleneck",
     "CannotDetach",
     "CannotMerge",
@@ -67,17 +73,21 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "combine",
     "linear_cross_entropy",
     "load_adapter",
     "load_quantized",
     "quantize",
     "save_quantized",
+    "untie",
 ]
 
 _HOMES = {
     "trimtab.methods": (
+        "IA3",
         "AdaLoRA",
         "Adapter",
+        "BitFit",
         "Bottleneck",
         "Full",
         "LoRA",
@@ -90,11 +100,13 @@ _HOMES = {
         "activate",
         "adapters",
         "attach",
+        "combine",
         "load_adapter",
     ),
     "trimtab.models.quantize": ("quantize",),
     "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
+    "trimtab.nn.tied": ("untie",),
     "trimtab.optim.schedule": ("Schedule",),
 }
 #: Where each public name lives; what is not listed is an error class.

@@ -59,7 +59,16 @@ def test_resuming_right_at_an_edge(tmp_path: Path, stop: int) -> None:
     assert differences(end, everything(second)) == []
 
 
-@pytest.mark.parametrize("method", [trimtab.Full(), METHOD], ids=["full", "relora"])
+METHODS = {
+    "full": trimtab.Full(),
+    "relora": METHOD,
+    "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, initial_steps=2, final_steps=3, allocate_every=2),
+    "ia3": trimtab.IA3(train_also=("norms",)),
+    "bitfit": trimtab.BitFit(train_also=("norms",)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_tied_weights_resume(tmp_path: Path, method: trimtab.Method) -> None:
     """A model whose head is its embedding continues bit for bit, and stays tied."""
     whole = build(tmp_path / "whole", tied=True, method=method)

@@ -90,6 +90,10 @@ class Residence:
                 if parameter is not None:
                     self._owners.setdefault(id(parameter), []).append(module)
 
+    def quantized(self) -> list[str]:
+        """The names of the weights that are held in few bits, and so cannot train."""
+        return list(self._quantized)
+
     @property
     def trained(self) -> list[str]:
         """The names of the base's tensors that train now."""
