@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         combine,
         load_adapter,
     )
-    from trimtab.models.quantize import quantize
+    from trimtab.models.quantize import dequantize, quantize
     from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.nn.tied import untie
@@ -74,6 +74,7 @@ __all__ = [
     "adapters",
     "attach",
     "combine",
+    "dequantize",
     "linear_cross_entropy",
     "load_adapter",
     "load_quantized",
@@ -103,7 +104,7 @@ _HOMES = {
         "combine",
         "load_adapter",
     ),
-    "trimtab.models.quantize": ("quantize",),
+    "trimtab.models.quantize": ("dequantize", "quantize"),
     "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.nn.tied": ("untie",),
