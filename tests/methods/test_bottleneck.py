@@ -200,3 +200,26 @@ def test_it_trains_in_bf16_with_checkpointing() -> None:
         out.float().square().mean().backward()
         grads.append([p.grad.clone() for p in adapter.own().values()])  # type: ignore[union-attr]
     assert all(torch.equal(a, b) and math.isfinite(a.sum()) for a, b in zip(*grads, strict=True))
+
+
+def test_blocks_compile_once_for_all_depths() -> None:
+    """Twelve compiled blocks are two graphs (whether the first block's input needs a gradient) and answer alike."""
+    torch._dynamo.reset()
+    model, ids = tiny_llama(num_hidden_layers=12), token_ids()
+    adapter = attached(model, trimtab.Bottleneck(size=4, init="near"))
+    eager = logits(model, ids)
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+    out = model(input_ids=ids, use_cache=False).logits
+    out.square().sum().backward()
+    assert graphs <= 2
+    assert torch.allclose(out, eager, atol=1e-5)
+    assert all(p.grad is not None for p in adapter.own().values())
+    torch._dynamo.reset()

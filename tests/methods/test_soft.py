@@ -11,7 +11,7 @@ import pytest
 import torch
 from models_for_tests import MODELS, VOCAB, forward, logits, loss_of, tiny_llama, token_ids, train
 from torch import Tensor, nn
-from transformers import BertModel, LlamaForSequenceClassification
+from transformers import BertModel, LlamaForSequenceClassification, Trainer, TrainingArguments
 
 import trimtab
 from trimtab.methods.soft import SoftPromptAdapter
@@ -342,3 +342,58 @@ def test_models_and_calls_that_cannot_have_one(name: str) -> None:
         call(model, ids, cu_seq_lens_q=torch.tensor([0, 6, 12]))
     with pytest.raises(trimtab.ConfigError, match="attention_mask is dict"):
         call(model, ids, attention_mask={})
+
+
+@pytest.mark.parametrize(("config", "cached"), [("prompt", False), ("prefix", False), ("prefix", True)])
+def test_blocks_compile_once_for_all_depths(config: str, cached: bool) -> None:
+    """Twelve compiled blocks are two graphs (whether the first block's input needs a gradient) and answer alike."""
+    torch._dynamo.reset()
+    model, ids = tiny_llama(num_hidden_layers=12), token_ids()
+    adapter = attached(model, config)
+    eager = logits(model, ids)
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+    out = model(input_ids=ids, use_cache=cached).logits
+    out.square().sum().backward()
+    assert graphs <= 2
+    assert torch.allclose(out, eager, atol=1e-4)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.own().values())
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_trainer_needs_no_word_of_it(config: str, tmp_path: Path) -> None:
+    """transformers.Trainer with label smoothing and metrics: predictions have the labels' shape, and it learns."""
+    model, shapes = tiny_llama(), []
+    adapter = attached(model, config)
+    before = copy.deepcopy(adapter.prompt())
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(rows=8)]
+
+    def measure(seen: Any) -> dict[str, float]:
+        shapes.append((seen.predictions.shape, seen.label_ids.shape))
+        return {}
+
+    settings = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_train_epochs=3,
+        learning_rate=3e-2,
+        label_smoothing_factor=0.1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows, compute_metrics=measure)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < first
+    assert set(shapes) == {((8, 12, VOCAB), (8, 12))}
+    assert not torch.equal(adapter.prompt(), before)

@@ -157,9 +157,9 @@ class BitFitAdapter(FrozenBaseAdapter):
     def _refuse_added(self) -> None:
         if self._targets:
             raise CannotMerge(
-                f"add_bias gave biases to layers that have none ({next(iter(self._targets))} first), and a checkpoint "
-                "of this model has no place for them: whoever loads it would lose them. Use save() and "
-                "trimtab.load_adapter()"
+                f"method bitfit: add_bias gave biases to layers that have none ({next(iter(self._targets))} first), "
+                "and a checkpoint of this model has no place for them: whoever loads it would lose them. Use save() "
+                "and trimtab.load_adapter()"
             )
 
     def merge(self, *, quantized: bool = False) -> None:

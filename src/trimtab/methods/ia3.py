@@ -164,8 +164,7 @@ class IA3Adapter(FrozenBaseAdapter):
     def _prepare_undo(self, quantized: bool) -> None:
         super()._prepare_undo(quantized)
         if self._undo is not None:
-            for name, bias, _ in self._biases():
-                self._undo.put(name, bias)
+            self._residence.copy_to(self._undo, *(name for name, _, _ in self._biases()))
 
     def merged_tensor(self, name: str, value: Tensor) -> Tensor:
         value = super().merged_tensor(name, value)

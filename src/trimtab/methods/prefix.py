@@ -138,6 +138,9 @@ class PrefixTuningAdapter(SoftPromptAdapter):
         fill = _Fill(self._virtual, self.geometry, self._compute_dtype())
         self._before(self.host, fill.before)
         self._after(self.host, fill.after)
+        if not is_encoder_decoder(self.model):
+            for layer, block in enumerate(_blocks(self.host, self.geometry.layers)):
+                self._before(block, _Hand(fill, layer).before)
 
     def prompt(self) -> Tensor:
         with torch.no_grad():
@@ -217,6 +220,12 @@ def _checkpointed(host: nn.Module) -> str | None:
     return None
 
 
+def _blocks(host: nn.Module, layers: int) -> list[nn.Module]:
+    """The blocks of a model: the only list of that many modules in it; none if that is not clear."""
+    lists = [m for m in host.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    return list(lists[0]) if len(lists) == 1 else []
+
+
 class _Fill:
     """Begins each cache with the prefix.
 
@@ -231,9 +240,10 @@ class _Fill:
         self._expected = 0
         self._drop = False
         self._cache: Any = None
+        self.fresh: Any = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._expected, self._drop, self._cache = 0, False, None
+        self._expected, self._drop, self._cache, self.fresh = 0, False, None, None
         call = named_arguments(module, args, kwargs)
         shape = read_shape(call)
         if shape is None:
@@ -252,6 +262,7 @@ class _Fill:
                 call["past_key_values"] = _empty_cache(module)
             self._fill(module, call["past_key_values"], sequences)
             self._expected = self.virtual.length + tokens
+            self.fresh = call["past_key_values"]
         if call.get("attention_mask") is not None:
             call["attention_mask"] = self.virtual.mask(call["attention_mask"], rows=False)
         if call.get("position_ids") is not None:
@@ -261,7 +272,7 @@ class _Fill:
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Make sure that the blocks read the prefix, and give no cache to a caller who wants none."""
-        cache, self._cache = self._cache, None
+        cache, self._cache, self.fresh = self._cache, None, None
         if not self._expected:
             return output
         if int(cache.get_seq_length()) != self._expected:
@@ -283,6 +294,46 @@ class _Fill:
             # Cast after the expansion, so that the sum over the sequences of the gradient is taken in fp32.
             key, value = (s.expand(sequences, -1, -1, -1).to(dtype) for s in states[2 * pair : 2 * pair + 2])
             own.update(key, value, layer)
+
+
+class _Hand:
+    """Hands a block its own layer of a cache that was just begun, in the place of the whole.
+
+    A compiled block would otherwise be compiled anew for each layer, since its guards know how far the cache's other
+    layers are.
+    """
+
+    def __init__(self, fill: _Fill, layer: int) -> None:
+        self.fill = fill
+        self.layer = layer
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = self.fill.fresh
+        if cache is None or getattr(cache, "offloading", False):
+            return args, kwargs
+        own = _LayerOfCache(cache, self.layer)
+        named = {name: own if value is cache else value for name, value in kwargs.items()}
+        return tuple(own if value is cache else value for value in args), named
+
+
+class _LayerOfCache:
+    """One layer of a cache, with the methods of a cache that attention calls."""
+
+    def __init__(self, cache: Any, layer: int) -> None:
+        self.cache = cache
+        self.own = cache.layers[layer]
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = self.own.update(key, value, *args, **kwargs)
+        return both
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return int(self.own.get_seq_length())
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("cache", "own"):
+            raise AttributeError(name)
+        return getattr(self.cache, name)
 
 
 def _empty_cache(module: nn.Module) -> Any:
