@@ -19,29 +19,39 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import (
+        IA3,
         AdaLoRA,
         Adapter,
+        BitFit,
+        Bottleneck,
         Full,
         LoRA,
         Method,
+        PrefixTuning,
+        PromptTuning,
         ReLoRA,
         StepReport,
         VeRA,
         activate,
         adapters,
         attach,
+        combine,
         load_adapter,
     )
-    from trimtab.models.quantize import quantize
+    from trimtab.models.quantize import dequantize, quantize
     from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
+    from trimtab.nn.tied import untie
     from trimtab.optim.schedule import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "AdaLoRA",
     "Adapter",
+    "BitFit",
+    "Bottleneck",
     "CannotDetach",
     "CannotMerge",
     "CannotSave",
@@ -52,6 +62,8 @@ __all__ = [
     "LoRA",
     "Method",
     "NonFiniteError",
+    "PrefixTuning",
+    "PromptTuning",
     "ReLoRA",
     "Schedule",
     "StepReport",
@@ -61,31 +73,41 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "combine",
+    "dequantize",
     "linear_cross_entropy",
     "load_adapter",
     "load_quantized",
     "quantize",
     "save_quantized",
+    "untie",
 ]
 
 _HOMES = {
     "trimtab.methods": (
+        "IA3",
         "AdaLoRA",
         "Adapter",
+        "BitFit",
+        "Bottleneck",
         "Full",
         "LoRA",
         "Method",
+        "PrefixTuning",
+        "PromptTuning",
         "ReLoRA",
         "StepReport",
         "VeRA",
         "activate",
         "adapters",
         "attach",
+        "combine",
         "load_adapter",
     ),
-    "trimtab.models.quantize": ("quantize",),
+    "trimtab.models.quantize": ("dequantize", "quantize"),
     "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
+    "trimtab.nn.tied": ("untie",),
     "trimtab.optim.schedule": ("Schedule",),
 }
 #: Where each public name lives; what is not listed is an error class.

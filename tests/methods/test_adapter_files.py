@@ -118,8 +118,8 @@ def test_wrong_folders_are_refused_and_leave_the_model_free(tmp_path: Path) -> N
     tensors.write_bytes(whole)
     for change, message in [
         ({"peft_type": "LOHA"}, "LOHA"),
-        ({"use_dora": True}, "use_dora"),
-        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+        ({"use_dora": True}, "lacks .*lora_magnitude_vector"),
+        ({"rank_pattern": {"q_proj": 3}}, r"q_proj.lora_A is \(2, 32\) in the file and \(3, 32\)"),
         ({"r": 0}, "rank = 0"),
         ({"target_modules": None}, "target_modules"),
     ]:

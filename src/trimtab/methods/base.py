@@ -103,7 +103,8 @@ def misfit(method: Any, error: ValidationError) -> ConfigError:
     elif first["type"] == "missing":
         what = "is missing; it has no default"
     else:
-        what = f"= {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        said = first["msg"].removeprefix("Value error, ")
+        what = f"= {first['input']!r}: {said[0].lower()}{said[1:]}"
     return ConfigError(f"{method.__name__}: {key} {what}")
 
 
@@ -175,6 +176,11 @@ class Method(Settings, abc.ABC, metaclass=_OneLine):
     def from_saved(cls, saved: Mapping[str, Any]) -> Method | None:
         """The config of an adapter folder's `adapter_config.json`, or None when it is another method's."""
         return None
+
+    @classmethod
+    def from_folder(cls, saved: SavedAdapter) -> Method | None:
+        """As `from_saved`, for methods whose files say more than their `adapter_config.json`."""
+        return cls.from_saved(saved.config)
 
     def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
         """Put the tensors of an adapter folder into `adapter`, which this config has just attached.

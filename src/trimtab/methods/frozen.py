@@ -19,7 +19,7 @@ from trimtab.methods.attached import record_of
 from trimtab.methods.base import Adapter, AdapterState, Method, Trainable, group_of
 from trimtab.methods.folder import SAMPLE, SavedAdapter, base_sample, encode_sample
 from trimtab.methods.keep import Kept
-from trimtab.nn.adapted import Adapted, dress, merge_report, undress
+from trimtab.nn.adapted import Adapted, dress, merge_report, plain_weights, undress
 from trimtab.nn.inject import ALL_LINEAR, find_targets, parameter_roles
 from trimtab.nn.residence import Residence
 from trimtab.nn.weights import Dense, holder_of
@@ -82,18 +82,20 @@ class FrozenBaseAdapter(Adapter):
     Attributes:
         mixin: what the adapted layers wear, for methods made of layers.
         no_merge: why the method has no merged form; empty when it has one.
+        embeddings: whether targets may name embeddings, too.
     """
 
     mixin: ClassVar[type[Adapted]] = Adapted
     no_merge: ClassVar[str] = ""
+    embeddings: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, config: Method, residence: Residence) -> None:
         super().__init__(model, config)
         self._residence = residence
         self._roles = parameter_roles(model)
-        self._targets: dict[str, nn.Module] = (
-            find_targets(model, config.targets, config.exclude) if isinstance(config, Targeted) else {}
-        )
+        self._targets: dict[str, nn.Module] = {}
+        if isinstance(config, Targeted):
+            self._targets = find_targets(model, config.targets, config.exclude, embeddings=self.embeddings)
         self._parts: dict[str, dict[str, nn.Parameter]] = {}
         self._inserted = False
         self._base_sample = base_sample(model)
@@ -105,6 +107,10 @@ class FrozenBaseAdapter(Adapter):
     def _new_parts(self, name: str, module: nn.Module) -> dict[str, nn.Parameter]:
         """The method's own parameters for a target layer, on its device, by their names on the layer."""
         raise NotImplementedError
+
+    def _mixin(self, module: nn.Module) -> type[Adapted]:
+        """What a target layer wears."""
+        return self.mixin
 
     def _attributes(self, name: str, module: nn.Module) -> dict[str, Any]:
         """Plain attributes that the layer's forward reads."""
@@ -130,8 +136,8 @@ class FrozenBaseAdapter(Adapter):
         """Put the adapter on the model."""
         for name, module in self._targets.items():
             carry = self._residence.carries.pop(f"{name}.weight", None)
-            base = holder_of(module, carry=carry, exact=not self._residence.pure)
-            dress(module, self.mixin, parameters=self._parts[name], base=base, **self._attributes(name, module))
+            base, own = holder_of(module, carry=carry, exact=not self._residence.pure), self._parts[name]
+            dress(module, self._mixin(module), parameters=own, base=base, **self._attributes(name, module))
 
     def _remove(self) -> None:
         """Take the adapter off the model; its parameters keep their identity."""
@@ -278,6 +284,8 @@ class FrozenBaseAdapter(Adapter):
             else:
                 layer.merge_()
         self._remove()
+        if not quantized:
+            self._widened += self._residence.widen()
         self._residence.settle()
         self._inserted = False
         self._close("merged")
@@ -384,14 +392,6 @@ class FrozenBaseAdapter(Adapter):
         with torch.no_grad():
             for name, tensor in named.items():
                 known[name].copy_(tensor)
-
-
-def plain_weights(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """The weights (out, in) of linear layers without an adapter, by parameter name, in fp32 on the CPU."""
-    for name, module in modules.items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        yield f"{name}.weight", holder_of(module).rows(weight, slice(None)).float().cpu()
 
 
 def _several(names: list[str], what: str) -> str:

@@ -1,4 +1,7 @@
-"""LoRA (arXiv 2106.09685): y = x W' + s (x A') B', with W frozen, and its full-rank warm start.
+"""LoRA (arXiv 2106.09685): y = x W' + s (x A') B', with W frozen, its later improvements, and a full-rank warm start.
+
+rsLoRA and LoRA+ change numbers (the scale, the rate of B), DoRA the layer (see `nn.dora`), PiSSA what the base
+is: its largest singular components move into A and B, and W keeps the rest.
 
 A warm start belongs to every method of this family: until `warm_start_steps` the whole model trains, held
 in fp32; then each target's weight is frozen in the compute dtype (what that loses is its carry) and A and
@@ -8,30 +11,51 @@ B come into being beside it. LoRA with a warm start is the baseline that ReLoRA 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from trimtab.errors import CannotSave, CheckpointError, ConfigError
-from trimtab.methods.base import Adapter, StepReport
+from trimtab.methods import lora_files
+from trimtab.methods.base import Adapter, AdapterState, StepReport
 from trimtab.methods.folder import SavedAdapter
 from trimtab.methods.frozen import FrozenBaseAdapter, Targeted
-from trimtab.nn.draw import stable_generator
-from trimtab.nn.lowrank import LoRAMixin, draw_a
+from trimtab.methods.keep import Kept
+from trimtab.methods.lora_checks import check, pattern_of
+from trimtab.nn.adapted import Adapted
+from trimtab.nn.dora import DoRAMixin
+from trimtab.nn.initial import Init, draw_factors, principal_factors
+from trimtab.nn.lora_embedding import LoRAEmbeddingMixin
+from trimtab.nn.lowrank import LoRAMixin
 from trimtab.nn.residence import Residence
-from trimtab.nn.weights import is_conv1d, shape_of
+from trimtab.nn.tied import untie
+from trimtab.nn.weights import holder_of, is_conv1d, shape_of
+
+#: Of `parameter_groups`: the name of LoRA+'s group, and the key of what its rate is multiplied by.
+FAST, RATIO = "adapter_fast", "lr_ratio"
+
+#: Before the name of a tensor of PiSSA's start in a state.
+START = "start:"
 
 
 class LoRA(Targeted):
-    """Low-rank adapters on linear layers.
+    """Low-rank adapters on linear layers and embeddings.
 
     Args:
         rank: r, at least 1.
         alpha: the scale is s = alpha / r, or alpha / sqrt(r) with `rslora` (arXiv 2312.03732).
         dropout: on the adapter branch's input.
+        dora: a trained length for each row of W + s B A (arXiv 2402.09353).
+        init: what A and B start from, see `nn.initial`.
+        lora_plus: the rate of B (and of DoRA's lengths) over that of A, at least 1 (LoRA+, arXiv 2402.12354).
+        bias: which biases of the model train, too: "none", "all", or those of the adapted layers, "lora_only".
+        rank_pattern, alpha_pattern: another rank or alpha for the layers whose names end with a regular
+            expression, of which the first that matches counts, as in PEFT.
+        untie: give a tied output head a weight of its own first, and say so in the model's config.
         warm_start_steps: steps of full-rank training before the adapter comes into being.
 
     `targets`, `exclude`, `train_also` and `seed` (of the initial A) are as for every method on linear layers.
@@ -43,24 +67,61 @@ class LoRA(Targeted):
     alpha: Annotated[float, Field(gt=0.0)] = 16.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     rslora: bool = False
+    dora: bool = False
+    init: Init = "kaiming"
+    lora_plus: Annotated[float, Field(ge=1.0)] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default={})
+    untie: bool = False
     warm_start_steps: Annotated[int, Field(ge=0)] = 0
 
-    @property
-    def scale(self) -> float:
-        """s, the factor of B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _are_patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the layer called `name`."""
+        return int(self.rank_pattern.get(pattern_of(self.rank_pattern, name), self.rank))
+
+    def scale_of(self, name: str) -> float:
+        """s, the factor of B A, of the layer called `name`."""
+        rank = self.rank_of(name)
+        alpha = self.alpha_pattern.get(pattern_of(self.alpha_pattern, name), self.alpha)
+        return float(alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     @property
     def switch_step(self) -> int:
         return self.warm_start_steps
 
     @property
-    def update_rank(self) -> int:
-        return self.rank
+    def update_rank(self) -> int | None:
+        return None if self.dora else max(self.rank, *self.rank_pattern.values(), 0)
 
     @property
     def writes_base(self) -> str:
-        return f"warm_start_steps={self.warm_start_steps}" if self.warm_start_steps else super().writes_base
+        fields = type(self).model_fields
+        keys = ("warm_start_steps", "bias", "untie", *(["init"] if self.init == "pissa" else []))
+        given = [key for key in keys if getattr(self, key) != fields[key].default]
+        return f"{given[0]}={getattr(self, given[0])!r}" if given else super().writes_base
+
+    def attach(self, model: nn.Module, **settings: Any) -> Adapter:
+        tie_again = untie(model) if self.untie else None
+        try:
+            adapter = super().attach(model, **settings)
+        except BaseException:
+            if tie_again is not None:
+                tie_again()
+            raise
+        assert isinstance(adapter, LoRAAdapter)
+        adapter.tie_again = tie_again
+        return adapter
 
     def _attach(self, model: nn.Module, residence: Residence) -> LoRAAdapter:
         return LoRAAdapter(model, self, residence)
@@ -69,36 +130,19 @@ class LoRA(Targeted):
     def from_saved(cls, saved: Mapping[str, Any]) -> LoRA | None:
         if cls is not LoRA or saved.get("peft_type") != "LORA":
             return None
-        unsupported = {
-            "use_dora": False,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            "bias": "none",
-            "layer_replication": None,
-            "target_parameters": None,
-        }
-        for key, plain in unsupported.items():
-            if saved.get(key, plain) not in (plain, None):
-                raise CheckpointError(f"the adapter's {key} = {saved[key]!r} is not supported; only {plain!r} is")
-        targets = saved.get("target_modules")
-        if not targets:
-            raise CheckpointError("the adapter's config names no target_modules")
         try:
-            return cls(
-                rank=saved["r"],
-                alpha=saved["lora_alpha"],
-                dropout=saved.get("lora_dropout", 0.0),
-                rslora=saved.get("use_rslora", False),
-                targets=targets if isinstance(targets, str) else tuple(targets),
-            )
-        except KeyError as error:
-            raise CheckpointError(f"the adapter's config lacks {error.args[0]}") from None
+            return cls(**lora_files.settings_of(saved))
         except ConfigError as error:
             raise CheckpointError(f"the adapter's config cannot be used: {error}") from None
 
+    @classmethod
+    def from_folder(cls, saved: SavedAdapter) -> LoRA | None:
+        config = cls.from_saved(saved.config)
+        return config and config.model_copy(update=lora_files.settings_from_tensors(saved))
+
     def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
         assert isinstance(adapter, LoRAAdapter)
-        adapter.load_tensors(saved, {".lora_A.weight": ".lora_A", ".lora_B.weight": ".lora_B"})
+        adapter.load_tensors(lora_files.without_base(saved, adapter.model), lora_files.SUFFIXES)
 
 
 class LoRAAdapter(FrozenBaseAdapter):
@@ -106,48 +150,147 @@ class LoRAAdapter(FrozenBaseAdapter):
 
     config: LoRA
     mixin = LoRAMixin
+    embeddings = True
 
     def __init__(self, model: nn.Module, config: LoRA, residence: Residence) -> None:
         super().__init__(model, config, residence)
-        for name, module in self._targets.items():
-            shape = shape_of(module)
-            if config.rank > min(shape):
-                raise ConfigError(
-                    f"rank = {config.rank} is above the size of {name}, {shape}: no low-rank update is "
-                    f"left; use a rank of at most {min(shape)} or exclude=['{name}']"
-                )
+        check(config, self._targets, set(self._in_full()))
+        if config.bias != "none" and not self._biases():
+            raise ConfigError(f"bias = {config.bias!r}: there is no such bias in {type(model).__name__}")
+        if config.switch_step and (quantized := residence.quantized()):
+            raise ConfigError(
+                f"warm_start_steps = {config.switch_step}: {quantized[0]} is held in 4 bits and cannot train; do the "
+                "warm start on an unquantised model"
+            )
         self._restart_count = 0
         self.adapted = False
+        self.tie_again: Callable[[], None] | None = None
+        #: PiSSA's A and B at the start, in host memory: what was taken from the base.
+        self.start: dict[str, tuple[Tensor, Tensor]] = {}
         if config.switch_step:
             residence.train(residence.parameters)
         else:
             self._adapt()
 
+    # -- what the settings mean on this model --------------------------------------------------
+
+    def _biases(self) -> list[str]:
+        """The biases that `bias` lets train."""
+        parameters = self._residence.parameters
+        if self.config.bias == "all":
+            return [name for name in parameters if name.rpartition(".")[2] == "bias"]
+        adapted = [f"{name}.bias" for name in self._targets] if self.config.bias == "lora_only" else []
+        return [name for name in adapted if name in parameters]
+
+    def _in_full(self) -> Iterable[str]:
+        return list(dict.fromkeys([*super()._in_full(), *self._biases()]))
+
+    def _mixin(self, module: nn.Module) -> type[Adapted]:
+        if isinstance(module, nn.Embedding):
+            return LoRAEmbeddingMixin
+        return DoRAMixin if self.config.dora else LoRAMixin
+
     def _new_parts(self, name: str, module: nn.Module) -> dict[str, nn.Parameter]:
-        out_features, in_features = shape_of(module)
-        weight = module.weight
+        weight, rank = module.weight, self.config.rank_of(name)
         assert isinstance(weight, Tensor)
+        rows, columns = shape_of(module)
+        shapes: dict[str, tuple[int, ...]]
+        if isinstance(module, nn.Embedding):
+            shapes = {"lora_embedding_A": (rank, rows), "lora_embedding_B": (columns, rank)}
+        else:
+            shapes = {"lora_A": (rank, columns), "lora_B": (rows, rank)}
+            shapes |= {"lora_magnitude_vector": (rows,)} if self.config.dora else {}
         dtype = self._residence.held_dtype(self._residence.compute_dtype(name, module))
-        shapes = {"lora_A": (self.config.rank, in_features), "lora_B": (out_features, self.config.rank)}
         return {k: nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device)) for k, shape in shapes.items()}
 
     def _attributes(self, name: str, module: nn.Module) -> dict[str, Any]:
-        return {"scale": self.config.scale, "dropout": self.config.dropout}
+        values: dict[str, Any] = {"scale": self.config.scale_of(name), "dropout": self.config.dropout}
+        return values | ({"squares": None} if self._mixin(module) is DoRAMixin else {})
+
+    # -- coming into being ---------------------------------------------------------------------
 
     def _adapt(self) -> None:
         """Freeze the base and put A and B beside each target's weight."""
+        kept = Kept("host")
+        if self.config.init == "pissa":
+            self.start = self._principal()
+            weights = {f"{name}.weight": self._residence.parameters[f"{name}.weight"] for name in self.start}
+            if not self.config.switch_step:  # what a warm start trained is not what the model came with
+                for name, weight in weights.items():
+                    if weight.device.type != "meta":
+                        kept.put(name, weight)
         self._begin()
         self.adapted = True
         self._draw()
+        if self.start:
+            self._take_out(kept)
+        if self.config.dora:
+            for layer in self.layers.values():
+                layer.set_magnitude()
 
     def _draw(self) -> None:
-        """Draw every A from (seed, restart, name) and set B = 0."""
+        """Draw every A and B from (seed, restart, name)."""
+        key = (self.config.seed or 0, self._restart_count)
         for name, layer in self.layers.items():
-            draw_a(layer.lora_A, stable_generator(self.config.seed or 0, self._restart_count, f"{name}.lora_A"))
-            with torch.no_grad():
-                layer.lora_B.zero_()
+            if isinstance(layer, LoRAEmbeddingMixin):
+                layer.draw(*key, f"{name}.lora_embedding_B")
+            else:
+                draw_factors(self.config.init, layer.lora_A, layer.lora_B, *key, f"{name}.lora_A")
 
-    # -- between steps -------------------------------------------------------------------------
+    def _principal(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """PiSSA's A and B of each target, with entries that the compute dtype holds, so that no cast loses any."""
+        found = {}
+        for name, module in self._targets.items():
+            weight, holder = module.weight, holder_of(module)
+            assert isinstance(weight, Tensor)
+            if weight.device.type == "meta":
+                rank, (rows, columns) = self.config.rank_of(name), shape_of(module)
+                found[name] = torch.empty(rank, columns, device="meta"), torch.empty(rows, rank, device="meta")
+                continue
+            value = torch.cat([holder.rows(weight.detach(), block) for block in holder.row_blocks(weight)])
+            try:
+                factors = principal_factors(value, self.config.rank_of(name), self.config.scale_of(name))
+            except RuntimeError as error:  # torch.linalg.LinAlgError
+                raise ConfigError(f"init = 'pissa': {name}.weight has no singular values: {error}") from None
+            dtype = self._residence.compute_dtype(name, module)
+            a, b = (factor.to(dtype).float().cpu() for factor in factors)
+            found[name] = (a, b)
+        return found
+
+    @torch.no_grad()
+    def _take_out(self, kept: Kept) -> None:
+        """Let A and B be PiSSA's, and W what they leave of it."""
+        for name, (a, b) in self.start.items():
+            if a.device.type == "meta":
+                continue
+            layer = self.layers[name]
+            self._residence.edit([f"{name}.weight"], kept=kept)
+            layer.lora_A.copy_(a)
+            layer.lora_B.copy_(b)
+            wide = torch.float32 if layer.weight.device.type == "mps" else torch.float64
+            for block in layer.base.row_blocks(layer.weight):
+                rows = layer.base.rows(layer.weight, block).to(wide)
+                rows.addmm_(layer.lora_B[block].to(rows), layer.lora_A.to(rows), alpha=-layer.scale)
+                layer.base.write_rows(layer.weight, block, rows)
+
+    # -- what trains, and between steps --------------------------------------------------------
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """As every method's; LoRA+ has one more at the end, "adapter_fast", with what its rate is multiplied by.
+
+        Whoever sets a group's `lr` anew multiplies it by the group's `lr_ratio`, if it has one.
+        """
+        groups = super().parameter_groups(lr, weight_decay)
+        if self.config.lora_plus is None:
+            return groups
+        ratio = self.config.lora_plus
+        fast = {**groups[0], "params": [], "names": [], "group": FAST, "lr": lr * ratio, RATIO: ratio}
+        slow = {**groups[0], "params": [], "names": []}
+        for name, parameter in zip(groups[0]["names"], groups[0]["params"], strict=True):
+            group = fast if name.endswith((".lora_B", ".lora_magnitude_vector")) else slow
+            group["params"].append(parameter)
+            group["names"].append(name)
+        return [slow, *groups[1:], fast]
 
     def _after_step(self, step: int, optimizer: torch.optim.Optimizer) -> StepReport:
         switch = self.config.switch_step
@@ -160,7 +303,7 @@ class LoRAAdapter(FrozenBaseAdapter):
     def _switch(self, step: int, optimizer: torch.optim.Optimizer) -> StepReport:
         """End the warm start: the base's gradients and optimizer state go, A and B come."""
         groups = {group.get("group"): group for group in optimizer.param_groups}
-        if "base" not in groups or "adapter" not in groups:
+        if any(group["group"] not in groups for group in self.parameter_groups(lr=0.0)):
             raise ConfigError(
                 "the optimizer was not built from adapter.parameter_groups(), so the warm start cannot end"
             )
@@ -187,6 +330,42 @@ class LoRAAdapter(FrozenBaseAdapter):
             raise CheckpointError("the stored state is of a warm start, and this adapter is past it; attach it anew")
         self._restart_count = int(meta["restarts"])
 
+    def state_dict(self) -> AdapterState:
+        state = super().state_dict()
+        for name, (a, b) in self.start.items():
+            state.tensors |= {f"{START}{name}.lora_A": a, f"{START}{name}.lora_B": b}
+        return state
+
+    def load_state_dict(self, state: AdapterState) -> None:
+        start = {name: tensor for name, tensor in state.tensors.items() if name.startswith(START)}
+        rest = {name: tensor for name, tensor in state.tensors.items() if name not in start}
+        super().load_state_dict(AdapterState(rest, state.meta))
+        try:
+            self.start = {
+                name: (start[f"{START}{name}.lora_A"].clone(), start[f"{START}{name}.lora_B"].clone())
+                for name in self.start
+            }
+        except KeyError as error:
+            raise CheckpointError(f"the stored state lacks {error.args[0]}") from None
+        for layer in self.layers.values():
+            if isinstance(layer, DoRAMixin):
+                layer.squares = None  # the weight may be loaded, too, after this
+
+    def merged_tensor(self, name: str, value: Tensor) -> Tensor:
+        """As every method's; for PiSSA `value` is one of the base as it came, of which the start is taken out first."""
+        owner, _, leaf = name.rpartition(".")
+        if owner not in self.start or leaf != "weight":
+            return super().merged_tensor(name, value)
+        a, b = (factor.to(value.device).double() for factor in self.start[owner])
+        product = self.config.scale_of(owner) * (b @ a)
+        rest = value.double() - (product.t() if is_conv1d(self._targets[owner]) else product)
+        return super().merged_tensor(name, rest).to(value.dtype)
+
+    def detach(self) -> None:
+        super().detach()
+        if self.tie_again is not None:
+            self.tie_again()
+
     def _saved(self) -> SavedAdapter:
         if not self.adapted or self._restart_count or self.config.switch_step:
             what = "a restart" if self._restart_count else "the warm start"
@@ -194,17 +373,4 @@ class LoRAAdapter(FrozenBaseAdapter):
                 f"{what} wrote into the base weights, so the adapter alone would not describe the model: "
                 "call merge() and model.save_pretrained() instead"
             )
-        full, modules = self._saved_in_full()
-        config = {
-            **self._peft_config("LORA"),
-            "r": self.config.rank,
-            "lora_alpha": self.config.alpha,
-            "lora_dropout": self.config.dropout,
-            "use_rslora": self.config.rslora,
-            "target_modules": list(self._targets),
-            "modules_to_save": modules or None,
-            "fan_in_fan_out": any(is_conv1d(module) for module in self._targets.values()),
-            "bias": "none",
-            "init_lora_weights": True,
-        }
-        return SavedAdapter(config, {f"{n}.weight": p for n, p in self.own().items()} | full, self._extra())
+        return lora_files.saved_adapter(self)

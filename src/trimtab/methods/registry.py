@@ -92,7 +92,7 @@ def load_adapter(
     """
     saved = read_adapter_folder(Path(path))
     for method in REGISTRY.values():
-        config = method.from_saved(saved.config)
+        config = method.from_folder(saved)
         if config is not None:
             record = record_of(model)
             before = record.active if record else ""

@@ -14,7 +14,7 @@ import time
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from trimtab.errors import TrimtabError
@@ -22,6 +22,7 @@ from trimtab.methods.base import StepReport
 from trimtab.methods.frozen import Role
 from trimtab.methods.lora import LoRA, LoRAAdapter
 from trimtab.nn.adapted import merge_report
+from trimtab.nn.initial import Init
 from trimtab.nn.residence import Residence
 from trimtab.optim.reset import ResetMode, reset_state
 
@@ -51,6 +52,26 @@ class ReLoRA(LoRA):
     reset: ResetMode = "drop"
     reset_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     reset_reference: bool = False
+
+    @field_validator("dora")
+    @classmethod
+    def _is_low_rank(cls, dora: bool) -> bool:
+        if dora:
+            raise ValueError(
+                "the lengths of DoRA change every row in full, and a restart would take them in and forget them, so "
+                "there is no sum of low-rank updates; use method lora"
+            )
+        return dora
+
+    @field_validator("init")
+    @classmethod
+    def _begins_anew(cls, init: Init) -> Init:
+        if init == "pissa":
+            raise ValueError(
+                "each restart would take the same largest components out of the base again, and the update would not "
+                "grow in rank; use kaiming, gaussian or orthogonal"
+            )
+        return init
 
     def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
         first = self.warm_start_steps + self.restart_every
@@ -126,8 +147,9 @@ class ReLoRAAdapter(LoRAAdapter):
         if not self.adapted or not (opened == self.config.switch_step or self._is_restart(opened)):
             return
         layers = list(self.layers.values())
-        dead = not any(bool(layer.lora_A.any()) or bool(layer.lora_B.any()) for layer in layers)
-        grads = [layer.lora_B.grad for layer in layers if layer.lora_B.grad is not None]
+        dead = not any(bool(getattr(layer, part).any()) for layer in layers for part in layer.parts)
+        first = [getattr(layer, layer.starts_at_zero).grad for layer in layers]
+        grads = [grad for grad in first if grad is not None]
         if grads and not any(bool(grad.any()) for grad in grads):
             others = (e.parameter.grad for e in self.trainable() if e.group != "adapter")
             dead = dead or any(bool(grad.any()) for grad in others if grad is not None)
@@ -145,11 +167,7 @@ class ReLoRAAdapter(LoRAAdapter):
             layer.merge_()
         self._restart_count += 1
         self._draw()
-        parameters = {
-            f"{name}.{part}": getattr(layer, part)
-            for name, layer in self.layers.items()
-            for part in ("lora_A", "lora_B")
-        }
+        parameters = self.own()
         for parameter in parameters.values():
             parameter.grad = None
         touched = reset_state(

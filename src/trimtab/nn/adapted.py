@@ -7,7 +7,7 @@ else (merging block by block in float64, the value before rounding, taking the a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +23,12 @@ class Adapted(Swapped):
 
     Attributes:
         parts: names of the adapter's own parameters on the layer.
+        starts_at_zero: the part that first gets a gradient, where one starts at zero.
         base: the holder of the layer's weight.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
+    starts_at_zero: ClassVar[str] = ""
     label = "Adapted"
     base: Holder
     weight: Any
@@ -149,3 +151,11 @@ def undress(module: nn.Module) -> dict[str, nn.Parameter]:
         del module.__dict__[name]
     take_off(module, Adapted)
     return parameters
+
+
+def plain_weights(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """The weights (out, in) of linear layers without an adapter, by parameter name, in fp32 on the CPU."""
+    for name, module in modules.items():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        yield f"{name}.weight", holder_of(module).rows(weight, slice(None)).float().cpu()

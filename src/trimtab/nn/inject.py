@@ -39,7 +39,9 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_conv1d(module) or isinstance(getattr(module, "holder", None), Holder)
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+def find_targets(
+    model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str] = (), *, embeddings: bool = False
+) -> dict[str, nn.Module]:
     """The layers to adapt, by qualified name, in the model's order.
 
     Args:
@@ -48,15 +50,20 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], exclude: Sequen
             head, every linear). A list of name endings: "q_proj" or "attn.q_proj" match whole parts. Any
             other string: a regular expression that must match a whole qualified name.
         exclude: name endings to leave out.
+        embeddings: let names and regular expressions match embeddings, too.
 
     Raises:
         TargetError: nothing matches (the closest names are listed), or a match is no linear layer.
     """
-    linears = {name: module for name, module in model.named_modules() if name and is_linear(module)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if name and (is_linear(module) or (embeddings and isinstance(module, nn.Embedding)))
+    }
     if not linears:
         raise TargetError(f"targets={targets!r}: {type(model).__name__} has no linear layers to adapt")
     if targets == ALL_LINEAR:
-        chosen = _all_linear(model, linears)
+        chosen = _all_linear(model, {name: module for name, module in linears.items() if is_linear(module)})
     elif isinstance(targets, str):
         chosen = _by_pattern(model, linears, targets)
     else:
@@ -129,7 +136,8 @@ def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         shared = owners.get(id(module.weight), [])
         if len(shared) > 1:
             raise TargetError(
-                f"targets: {name}.weight is tied ({' = '.join(shared)}); leave it out with exclude=['{name}']"
+                f"targets: {name}.weight is tied ({' = '.join(shared)}); leave it out with exclude=['{name}'], or give "
+                "the output head a weight of its own with trimtab.untie(model)"
             )
 
 

@@ -29,11 +29,29 @@ from trimtab.nn.weights import Holder
 Context = Any
 
 
-def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
+def draw_seed(dropout: float) -> Tensor | None:
+    """A seed for `dropout_mask` from torch's CPU generator; None when nothing is dropped.
+
+    It stays a tensor, on the CPU: reading it as a number costs nothing there, and would break a compiled graph.
+    """
+    return torch.randint(2**62, (), device="cpu") if dropout else None
+
+
+def dropout_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """The mask of `seed`, of x's shape and dtype: 0 with probability p, else 1 / (1 - p)."""
-    generator = torch.Generator(device=x.device).manual_seed(seed)
+    mask: Tensor = _mask_op(x, p, seed) if torch.compiler.is_compiling() else _mask(x, p, seed)
+    return mask
+
+
+def _mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    generator = torch.Generator(device=x.device).manual_seed(int(seed))
     keep = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p, generator=generator)
     return keep.div_(1.0 - p)
+
+
+#: The mask as one operation that a compiler does not look into, since it cannot trace a generator.
+_mask_op: Any = torch.library.custom_op("trimtab::dropout_mask", _mask, mutates_args=())
+_mask_op.register_fake(lambda x, p, seed: torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 class _LoRAFunction(torch.autograd.Function):
@@ -48,12 +66,12 @@ class _LoRAFunction(torch.autograd.Function):
         base: Holder,
         scale: float,
         dropout: float,
+        seed: Tensor | None,
     ) -> Tensor:
-        ctx.base, ctx.scale, ctx.dropout = base, scale, dropout
-        ctx.seed = int(torch.randint(2**62, (), device="cpu").item()) if dropout else 0
+        ctx.base, ctx.scale, ctx.dropout, ctx.seed = base, scale, dropout, seed
         ctx.save_for_backward(x, weight, lora_A, lora_B)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        branch = x * dropout_mask(x, dropout, ctx.seed) if dropout else x
+        branch = x if seed is None else x * dropout_mask(x, dropout, seed)
         u_TR = branch @ lora_A.to(x.dtype).t()
         y_TO = base.matmul(weight, x, bias)
         return y_TO.addmm_(u_TR, (lora_B * scale).to(x.dtype).t())
@@ -65,7 +83,7 @@ class _LoRAFunction(torch.autograd.Function):
         need_x, need_w, need_b, need_A, need_B = ctx.needs_input_grad[:5]
         a_RI = lora_A.to(g_TO.dtype)
         dx = dw = db = dA = dB = None
-        mask = dropout_mask(x_TI, ctx.dropout, ctx.seed) if ctx.dropout else None
+        mask = None if ctx.seed is None else dropout_mask(x_TI, ctx.dropout, ctx.seed)
         branch = x_TI if mask is None else x_TI * mask
         if need_x or need_A:
             h_TR = g_TO @ (lora_B * ctx.scale).to(g_TO.dtype)
@@ -80,7 +98,7 @@ class _LoRAFunction(torch.autograd.Function):
             dw = ctx.base.grad_weight(x_TI, g_TO).to(weight.dtype)
         if need_b:
             db = g_TO.sum(0, dtype=torch.promote_types(g_TO.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, dw, db, dA, dB, None, None, None
+        return dx, dw, db, dA, dB, None, None, None, None
 
 
 def lora_linear(
@@ -108,7 +126,8 @@ def lora_linear(
     """
     flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = _LoRAFunction.apply(flat, weight, bias, lora_A, lora_B, base, scale, dropout)  # type: ignore[no-untyped-call]
+        seed = draw_seed(dropout)
+        out: Tensor = _LoRAFunction.apply(flat, weight, bias, lora_A, lora_B, base, scale, dropout, seed)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], lora_B.shape[0])
 
 
@@ -117,6 +136,7 @@ class LoRAMixin(Adapted):
 
     label = "LoRA"
     parts = ("lora_A", "lora_B")
+    starts_at_zero = "lora_B"
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scale: float

@@ -119,7 +119,7 @@ def train(run: Training, start: int = 0) -> int:
         began = time.perf_counter()
         rate = run.rate(step)
         for group in run.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_ratio", 1.0)
         batch = run.batches.batch(step)
         nats = forward_backward(run, batch)
         loss, norm = check_and_clip(run, step, nats / max(batch.n_valid, 1))
