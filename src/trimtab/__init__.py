@@ -19,11 +19,16 @@ if TYPE_CHECKING:
         TrimtabError,
     )
     from trimtab.methods import (
+        IA3,
         AdaLoRA,
         Adapter,
+        BitFit,
+        Bottleneck,
         Full,
         LoRA,
         Method,
+        PrefixTuning,
+        PromptTuning,
         ReLoRA,
         StepReport,
         VeRA,
@@ -33,7 +38,7 @@ if TYPE_CHECKING:
         combine,
         load_adapter,
     )
-    from trimtab.models.quantize import quantize
+    from trimtab.models.quantize import dequantize, quantize
     from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.nn.tied import untie
@@ -42,8 +47,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "AdaLoRA",
     "Adapter",
+    "BitFit",
+    "Bottleneck",
     "CannotDetach",
     "CannotMerge",
     "CannotSave",
@@ -54,6 +62,8 @@ __all__ = [
     "LoRA",
     "Method",
     "NonFiniteError",
+    "PrefixTuning",
+    "PromptTuning",
     "ReLoRA",
     "Schedule",
     "StepReport",
@@ -64,6 +74,7 @@ __all__ = [
     "adapters",
     "attach",
     "combine",
+    "dequantize",
     "linear_cross_entropy",
     "load_adapter",
     "load_quantized",
@@ -74,11 +85,16 @@ __all__ = [
 
 _HOMES = {
     "trimtab.methods": (
+        "IA3",
         "AdaLoRA",
         "Adapter",
+        "BitFit",
+        "Bottleneck",
         "Full",
         "LoRA",
         "Method",
+        "PrefixTuning",
+        "PromptTuning",
         "ReLoRA",
         "StepReport",
         "VeRA",
@@ -88,7 +104,7 @@ _HOMES = {
         "combine",
         "load_adapter",
     ),
-    "trimtab.models.quantize": ("quantize",),
+    "trimtab.models.quantize": ("dequantize", "quantize"),
     "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.nn.tied": ("untie",),

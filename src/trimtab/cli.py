@@ -5,33 +5,28 @@ Heavy libraries are imported inside the commands, so that a help page comes at o
 
 from __future__ import annotations
 
-import errno
-import functools
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
 
 from trimtab import __version__
-from trimtab.errors import CheckpointError, ConfigError, TrimtabError
+from trimtab.clierrors import INTERRUPTED, USER_ERROR, Fault, one_line_errors
+from trimtab.cliexport import EXPORT, MERGE, ExportCommand, MergeCommand, export, merge
+from trimtab.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from trimtab.config import PretrainConfig
-
-P = ParamSpec("P")
-
-INTERRUPTED = 130
-USER_ERROR = 2
 
 # The classes of typer's errors, by way of the one that typer exports: where they live differs by version.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -48,6 +43,9 @@ EXAMPLES
   trimtab pretrain run.yaml --dry-run              what it would be: parameters, memory, schedule
   trimtab pretrain run.yaml optim.lr=5e-4 name=b   the same run with two settings changed
   trimtab pretrain --resume runs/b                 go on from the newest checkpoint
+  trimtab merge base adapter out                   an adapter into a checkpoint, file by file
+  trimtab export runs/b delta --delta-rank 64      a run's whole update as one LoRA
+  trimtab export runs/b b.gguf --gguf              its model for llama.cpp
 
 \b
 CONFIGURATION
@@ -145,42 +143,6 @@ class _Command(TyperCommand):
         return ["[CONFIG.yaml]", "[section.key=value ...]", "[OPTIONS]"]
 
 
-class _Fault(Exception):
-    """A user's error on its way to standard error, as one line."""
-
-
-def _command(function: Callable[P, int]) -> Callable[P, None]:
-    """A command whose result is the exit status, and whose user errors are one line each."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            status = function(*args, **kwargs)
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-        except TrimtabError as error:
-            raise _Fault(str(error)) from error
-        except OSError as error:
-            # A file that a user named, or a full disk; any other is a fault of the program and shows its traceback.
-            if error.errno == errno.EPIPE or (error.filename is None and error.errno not in _DISK):
-                raise
-            where = f"{error.filename}: " if error.filename is not None else ""
-            raise _Fault(f"{where}{error.strerror or error}") from error
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
-            raise _Fault(
-                "the GPU has no memory left for this run; lower train.micro_batch, or set "
-                "model.gradient_checkpointing=true; a checkpoint, if there is one, still stands"
-            ) from error
-        raise typer.Exit(status)
-
-    return run
-
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-
-
 @app.callback(invoke_without_command=True, help=_MANUAL)
 def _root(
     context: typer.Context,
@@ -195,7 +157,7 @@ def _root(
 
 
 @app.command(cls=_Command, help=_PRETRAIN, short_help="Pre-train a causal language model.")
-@_command
+@one_line_errors
 def pretrain(
     words: Words = None,
     dry_run: Annotated[
@@ -239,7 +201,7 @@ def pretrain(
 
 
 @app.command(cls=_Command, help=_TOKENIZE, short_help="Turn text into a store of tokens.")
-@_command
+@one_line_errors
 def tokenize(words: Words = None) -> int:
     """Make the store; the help text above is what a user reads."""
     path, overrides = _split(words or [])
@@ -255,6 +217,12 @@ def tokenize(words: Words = None) -> int:
         f"vocabulary {store.tokenizer.vocab_size:,}"
     )
     return 0
+
+
+app.command(cls=MergeCommand, help=MERGE, short_help="Merge an adapter into a checkpoint, file by file.")(merge)
+app.command(cls=ExportCommand, help=EXPORT, short_help="Write an update as a LoRA, or a model or LoRA for llama.cpp.")(
+    export
+)
 
 
 def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -328,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name="trimtab", standalone_mode=False)
         sys.stdout.flush()
-    except _Fault as fault:
+    except Fault as fault:
         status = _complain(str(fault))
     except _USAGE_ERROR as error:
         status = _complain(f"{_message(error)} (see trimtab --help)")

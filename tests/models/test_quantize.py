@@ -133,6 +133,36 @@ def test_under_an_adapter_nothing_is_quantised(method: trimtab.Method) -> None:
     assert len(trimtab.quantize(model)) == 14
 
 
+@pytest.mark.parametrize("method", [trimtab.Full(), trimtab.LoRA(rank=2, warm_start_steps=3)])
+def test_full_training_of_4_bits_is_refused(method: trimtab.Method) -> None:
+    """What trains every weight cannot be attached to a quantised model, which stays as it was."""
+    model = tiny_llama()
+    trimtab.quantize(model)
+    before = everything(model)
+    with pytest.raises(ConfigError, match="is held in 4 bits and cannot train"):
+        trimtab.attach(model, method)
+    assert same(before, everything(model))
+
+
+@pytest.mark.parametrize("master", [None, "host"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dequantising_gives_plain_layers(family: str, master: str | None) -> None:
+    """dequantize() leaves a plain model with decoded weights; with masters, the first model, bit for bit."""
+    model = MODELS[family]()
+    before, ids = everything(model), token_ids()
+    names = trimtab.quantize(model, master=master)
+    outputs = logits(model, ids)
+    assert trimtab.dequantize(model) == names
+    after = everything(model)
+    assert {n: v[1] for n, v in after.items()} == {n: v[1] for n, v in before.items()}
+    if master:
+        assert all(torch.equal(after[name][0], value[0]) for name, value in before.items())
+    else:
+        torch.testing.assert_close(logits(model, ids), outputs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="no quantised layer"):
+        trimtab.dequantize(model)
+
+
 def test_a_model_without_linears_is_refused() -> None:
     """Nothing to quantise is an error, not a quiet no."""
     with pytest.raises(TargetError, match="no linear layers"):

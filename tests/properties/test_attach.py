@@ -19,7 +19,11 @@ CONFIGS = {
     "lora-patterns": trimtab.LoRA(rank=4, rank_pattern={".*": 3}, alpha_pattern={".*": 2.0}, train_also=("norms",)),
     "lora-warm": trimtab.LoRA(rank=4, warm_start_steps=3),
     "relora": trimtab.ReLoRA(rank=4, restart_every=2),
+    "bottleneck": trimtab.Bottleneck(size=4, targets="all-linear"),
     "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=8, allocate_every=1),
+    "ia3": trimtab.IA3(targets="all-linear", feedforward=()),
+    "ia3-in": trimtab.IA3(targets=(), feedforward="all-linear"),
+    "bitfit": trimtab.BitFit(add_bias=True),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -158,7 +162,7 @@ def test_generation_works_with_an_adapter() -> None:
     assert torch.equal(grown, model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0))
 
 
-@pytest.mark.parametrize("config", ["full", "lora-warm", "relora", "adalora"])
+@pytest.mark.parametrize("config", ["full", "lora-warm", "relora", "adalora", "ia3"])
 @pytest.mark.parametrize("family", MODELS)
 def test_a_model_trains_in_bf16_whatever_it_is_made_of(family: str, config: str) -> None:
     """Held in fp32, computed in bf16: every family steps, evaluates, survives a pickle, and merges to bf16."""

@@ -15,6 +15,7 @@ import trimtab
 PURE = {
     "lora": trimtab.LoRA(rank=4),
     "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=9, allocate_every=1),
+    "ia3": trimtab.IA3(targets="all-linear", feedforward=()),
     "lora-dora": trimtab.LoRA(rank=4, dora=True),
     "lora-orthogonal": trimtab.LoRA(rank=4, init="orthogonal", lora_plus=2),
 }
@@ -29,7 +30,14 @@ EDITING = {
     "lora-warm": trimtab.LoRA(rank=4, warm_start_steps=2),
     "relora": trimtab.ReLoRA(rank=4, restart_every=2, train_also=("norms",)),
 }
-ALL = PURE | KEEPING | EDITING
+#: Edits the base of a model with biases, and adds to one without.
+EITHER = {"bitfit": trimtab.BitFit(add_bias=True)}
+ALL = PURE | KEEPING | EDITING | EITHER
+#: Models without biases: what is added to them has no merged form.
+BARE = ("llama", "t5")
+MERGING = [(family, config) for family in MODELS for config in ALL if config not in EITHER or family not in BARE]
+#: Pure ones without a merged form.
+UNMERGEABLE = {"bottleneck": trimtab.Bottleneck(size=4, targets="all-linear")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,14 +54,14 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("where", ["host", "folder"])
-@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize("config", ALL | UNMERGEABLE)
 @pytest.mark.parametrize("family", MODELS)
 def test_a_kept_base_comes_back_bit_for_bit(family: str, config: str, where: str, dtype: str, tmp_path: Path) -> None:
     """With keep_base, detach restores what training and restarts wrote into, narrowed weights included."""
     model = MODELS[family]()
     before = copy.deepcopy(model)
     keep = "host" if where == "host" else tmp_path / "kept"
-    adapter = trained(model, ALL[config], keep_base=keep, dtype=DTYPES[dtype])
+    adapter = trained(model, (ALL | UNMERGEABLE)[config], keep_base=keep, dtype=DTYPES[dtype])
     assert not torch.equal(logits(model, token_ids()).float(), logits(before, token_ids()).float())
     adapter.detach()
     assert same(model, before)
@@ -61,8 +69,7 @@ def test_a_kept_base_comes_back_bit_for_bit(family: str, config: str, where: str
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("config", ALL)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("family", "config"), MERGING)
 def test_unmerge_takes_a_merge_back(family: str, config: str, dtype: str) -> None:
     """After merge and unmerge state, function and trained tensors are as before the merge, and training goes on."""
     model = MODELS[family]()
@@ -100,13 +107,13 @@ def test_unmerge_needs_a_copy_and_a_free_model() -> None:
     kept.unmerge()
 
 
-@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize("config", ALL | UNMERGEABLE)
 @pytest.mark.parametrize("family", MODELS)
 def test_disabled_shows_the_base(family: str, config: str) -> None:
     """Within disabled() the function is the base's bit for bit, and afterwards the adapter's again."""
     model = MODELS[family]()
     before, ids = logits(model, token_ids()), token_ids()
-    adapter = trained(model, ALL[config], keep_base="host")
+    adapter = trained(model, (ALL | UNMERGEABLE)[config], keep_base="host")
     after = logits(model, ids)
     with adapter.disabled():
         assert torch.equal(logits(model, ids), before)

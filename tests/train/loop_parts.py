@@ -104,12 +104,15 @@ def build(
     make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     tied: bool = False,
+    quantized: bool = False,
     **changes: Any,
 ) -> Training:
     """All parts of a run, fresh or from a checkpoint, put together in the order that `run.py` does it."""
     randomstate.seed_all(7)
     # 128 wide, so that bitsandbytes holds some of the moments in 8 bits
     model = tiny_gpt2() if tied else tiny_llama(hidden_size=128, intermediate_size=64, num_hidden_layers=1)
+    if quantized:
+        trimtab.quantize(model, master="host")
     adapter = trimtab.attach(model, method, dtype=dtype)
     restarts = adapter.restarts(total, 1)
     if checkpoint:

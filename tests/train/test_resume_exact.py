@@ -59,7 +59,34 @@ def test_resuming_right_at_an_edge(tmp_path: Path, stop: int) -> None:
     assert differences(end, everything(second)) == []
 
 
-@pytest.mark.parametrize("method", [trimtab.Full(), METHOD], ids=["full", "relora"])
+@pytest.mark.parametrize("stop", [5, 6], ids=["between", "at a restart"])
+def test_a_4_bit_base_resumes(tmp_path: Path, stop: int) -> None:
+    """Checkpoints hold codes, scales and masters: quantised ReLoRA goes on bit for bit over restarts (3, 6, 9)."""
+    method = METHOD.model_copy(update={"warm_start_steps": 0})
+    whole = build(tmp_path / "whole", quantized=True, method=method)
+    go(whole)
+    assert [e["step"] for e in whole.log.events if e["event"] == "restart"] == [3, 6, 9]
+    end = everything(whole)
+    first = build(tmp_path / "parts", quantized=True, method=method, stop_at=stop)
+    go(first, 0)
+    second = build(tmp_path / "parts", quantized=True, method=method, checkpoint=load(first.saver.last))
+    assert differences(everything(first), everything(second)) == []
+    go(second, stop)
+    assert differences(end, everything(second)) == []
+    masters = [name for name in end if name.startswith("adapter.carry:") and end[name].dtype == torch.float32]
+    assert len(masters) == 7 and end["model.model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+
+
+METHODS = {
+    "full": trimtab.Full(),
+    "relora": METHOD,
+    "adalora": trimtab.AdaLoRA(rank=2, init_rank=4, initial_steps=2, final_steps=3, allocate_every=2),
+    "ia3": trimtab.IA3(train_also=("norms",)),
+    "bitfit": trimtab.BitFit(train_also=("norms",)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_tied_weights_resume(tmp_path: Path, method: trimtab.Method) -> None:
     """A model whose head is its embedding continues bit for bit, and stays tied."""
     whole = build(tmp_path / "whole", tied=True, method=method)

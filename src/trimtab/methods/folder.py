@@ -45,11 +45,13 @@ class SavedAdapter:
         config: PEFT's adapter_config.json.
         tensors: under the model's own names, as PEFT spells them ("...q_proj.lora_A.weight").
         extra: plain JSON values that are ours alone.
+        prefix: what `write_adapter_folder` puts before the names.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     extra: dict[str, Any] = field(default_factory=dict)
+    prefix: str = PREFIX
 
     def check_base(self, model: nn.Module, path: str) -> None:
         """Refuse a model that is clearly not the base that the adapter was trained on.
@@ -193,7 +195,7 @@ def write_adapter_folder(path: Path, saved: SavedAdapter) -> None:
         # What PEFT keeps outside the model (VeRA's pair) comes under its own whole name.
         outside = PREFIX.partition(".")[0] + "."
         contiguous = {
-            (name if name.startswith(outside) else PREFIX + name): tensor.detach().cpu().contiguous()
+            (name if name.startswith(outside) else saved.prefix + name): tensor.detach().cpu().contiguous()
             for name, tensor in saved.tensors.items()
         }
         metadata = {"format": "pt", OURS: json.dumps(saved.extra, sort_keys=True)}

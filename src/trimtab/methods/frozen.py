@@ -284,6 +284,8 @@ class FrozenBaseAdapter(Adapter):
             else:
                 layer.merge_()
         self._remove()
+        if not quantized:
+            self._widened += self._residence.widen()
         self._residence.settle()
         self._inserted = False
         self._close("merged")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from trimtab.errors import CannotSave, TargetError
+from trimtab.errors import CannotSave, ConfigError, TargetError
 from trimtab.methods.base import Method
 from trimtab.methods.folder import SavedAdapter
 from trimtab.methods.frozen import FrozenBaseAdapter
@@ -35,6 +35,8 @@ class FullAdapter(FrozenBaseAdapter):
 
     def __init__(self, model: nn.Module, config: Full, residence: Residence) -> None:
         super().__init__(model, config, residence)
+        if quantized := residence.quantized():
+            raise ConfigError(f"full: {quantized[0]} is held in 4 bits and cannot train; load the model unquantised")
         try:
             self._matrices = find_targets(model, ALL_LINEAR)
         except TargetError:  # a model without linear layers trains all the same; it has no spectrum to show

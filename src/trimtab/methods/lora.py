@@ -157,6 +157,11 @@ class LoRAAdapter(FrozenBaseAdapter):
         check(config, self._targets, set(self._in_full()))
         if config.bias != "none" and not self._biases():
             raise ConfigError(f"bias = {config.bias!r}: there is no such bias in {type(model).__name__}")
+        if config.switch_step and (quantized := residence.quantized()):
+            raise ConfigError(
+                f"warm_start_steps = {config.switch_step}: {quantized[0]} is held in 4 bits and cannot train; do the "
+                "warm start on an unquantised model"
+            )
         self._restart_count = 0
         self.adapted = False
         self.tie_again: Callable[[], None] | None = None

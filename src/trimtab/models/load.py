@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -99,12 +100,16 @@ def draw_weights(model: nn.Module, seed: int, std: float = 0.02) -> None:
     """Fill each matrix with N(0, std) and each vector (a norm's weight) with 1, in fp32 on the CPU."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            digest = hashlib.sha256(f"model\0{seed}\0{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            parameter.copy_(drawn_weight(name, parameter.shape, seed, std))
+
+
+def drawn_weight(name: str, shape: Sequence[int], seed: int, std: float = 0.02) -> Tensor:
+    """One tensor of `draw_weights`; it depends on its own name alone."""
+    if len(shape) == 1:
+        return torch.ones(tuple(shape))
+    digest = hashlib.sha256(f"model\0{seed}\0{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
 
 
 def read_config(name: str, *, offline: bool = False) -> Any:

@@ -12,7 +12,7 @@ from trimtab.errors import ConfigError, TargetError
 from trimtab.methods.attached import record_of
 from trimtab.nn.inject import closest, head_modules, is_linear, name_ends
 from trimtab.nn.nf4layer import NF4Linear
-from trimtab.nn.packing import new_master, pack
+from trimtab.nn.packing import dequantize_layer, new_master, pack
 from trimtab.nn.residence import disarm_fused_encoders
 from trimtab.nn.swap import Swapped
 from trimtab.nn.weights import shape_of
@@ -60,12 +60,34 @@ def quantize(
     for name, module in layers.items():
         weight = module.weight
         assert isinstance(weight, Tensor)
-        if weight.device.type != "meta" and not bool(weight.detach().sum(dtype=torch.float64).isfinite()):
+        if weight.device.type != "meta" and not all(bool(end.isfinite()) for end in torch.aminmax(weight.detach())):
             raise ConfigError(f"{name}.weight has an entry that is not finite, so it cannot be quantised")
     masters = make_masters(layers, master)
     for name, module in layers.items():
         pack(module, double=double, compute=compute_dtype, master=masters.get(name), min_kept=min_kept)
     disarm_fused_encoders(model)
+    return list(layers)
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
+    """Give a quantised model without an adapter its dense layers back, frozen: the decoded codes, or the masters.
+
+    Args:
+        model: its `NF4Linear` layers become what they were, nn.Linear or Conv1D.
+        dtype: of the weights; None takes what each layer had before it was quantised.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        ConfigError: the model has an adapter (`merge()` folds it into dense layers), or no quantised layer.
+    """
+    _refuse_adapters(model)
+    layers = {name: module for name, module in model.named_modules() if _packed(module)}
+    if not layers:
+        raise ConfigError(f"dequantize: {type(model).__name__} has no quantised layer")
+    for module in layers.values():
+        dequantize_layer(module, dtype)
     return list(layers)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.nn.adapted import Adapted
-from trimtab.nn.lowrank import dropout_mask
+from trimtab.nn.lowrank import draw_seed, dropout_mask
 from trimtab.nn.precision import compute_dtype_of
 from trimtab.nn.weights import Holder
 
@@ -43,12 +43,12 @@ class _AdaLoRAFunction(torch.autograd.Function):
         base: Holder,
         scale: float,
         dropout: float,
+        seed: Tensor | None,
     ) -> Tensor:
-        ctx.base, ctx.scale, ctx.dropout = base, scale, dropout
-        ctx.seed = int(torch.randint(2**62, (), device="cpu").item()) if dropout else 0
+        ctx.base, ctx.scale, ctx.dropout, ctx.seed = base, scale, dropout, seed
         ctx.save_for_backward(x, weight, lora_A, lora_E, lora_B)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        branch = x * dropout_mask(x, dropout, ctx.seed) if dropout else x
+        branch = x if seed is None else x * dropout_mask(x, dropout, seed)
         u_TR = branch @ lora_A.to(x.dtype).t()
         y_TO = base.matmul(weight, x, bias)
         return y_TO.addmm_(u_TR, _folded(lora_B, lora_E, scale, x.dtype).t())
@@ -60,7 +60,7 @@ class _AdaLoRAFunction(torch.autograd.Function):
         need_x, need_w, need_b, need_A, need_E, need_B = ctx.needs_input_grad[:6]
         a_RI = lora_A.to(g_TO.dtype)
         dx = dw = db = dA = dE = dB = None
-        mask = dropout_mask(x_TI, ctx.dropout, ctx.seed) if ctx.dropout else None
+        mask = None if ctx.seed is None else dropout_mask(x_TI, ctx.dropout, ctx.seed)
         branch = x_TI if mask is None else x_TI * mask
         if need_x or need_A:
             h_TR = g_TO @ _folded(lora_B, lora_E, ctx.scale, g_TO.dtype)
@@ -79,7 +79,7 @@ class _AdaLoRAFunction(torch.autograd.Function):
             dw = ctx.base.grad_weight(x_TI, g_TO).to(weight.dtype)
         if need_b:
             db = g_TO.sum(0, dtype=torch.promote_types(g_TO.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, dw, db, dA, dE, dB, None, None, None
+        return dx, dw, db, dA, dE, dB, None, None, None, None
 
 
 def _folded(lora_B: Tensor, lora_E: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -115,7 +115,7 @@ def adalora_linear(
     flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = _AdaLoRAFunction.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, lora_A, lora_E, lora_B, base, scale, dropout
+            flat, weight, bias, lora_A, lora_E, lora_B, base, scale, dropout, draw_seed(dropout)
         )
     return out.view(*x.shape[:-1], lora_B.shape[0])
 

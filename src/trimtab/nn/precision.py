@@ -34,14 +34,15 @@ def compute_dtype_of(x: Tensor, own: torch.dtype | None = None) -> torch.dtype:
 class _CastLinearFunction(torch.autograd.Function):
     """y = x W' + b with an fp32 W, computed in x's dtype.
 
-    Saves x and the parameter itself; the cast copy of W is formed again in the backward, since keeping
-    it from forward to backward would cost 2 bytes a parameter of the whole model at the peak.
+    Saves the parameter itself, and x if W trains (where only b does, no activation is kept); the cast copy of
+    W is formed again in the backward, since keeping it from forward to backward would cost 2 bytes a parameter
+    of the whole model at the peak.
     Shapes: x (T, in), weight (out, in), bias (out) or None, y (T, out).
     """
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

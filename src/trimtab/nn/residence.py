@@ -7,7 +7,7 @@ moves tensors between the two, in place, and at the end gives everything back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -89,6 +89,10 @@ class Residence:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self._owners.setdefault(id(parameter), []).append(module)
+
+    def quantized(self) -> list[str]:
+        """The names of the weights that are held in few bits, and so cannot train."""
+        return list(self._quantized)
 
     @property
     def trained(self) -> list[str]:
@@ -217,6 +221,20 @@ class Residence:
         self.train(name for name in self.parameters if name in wanted)
         for module, attribute, value in self._armed:
             setattr(module, attribute, type(value)(0))
+
+    def widen(self) -> list[Callable[[], None]]:
+        """Let every weight that is still held in few bits be dense, in its layer's compute dtype.
+
+        Returns functions that undo it, bit for bit.
+        """
+        undo = []
+        for name, module in self._quantized.items():
+            weight, own = module.weight, getattr(module, "holder", None)
+            if isinstance(own, Holder) and isinstance(weight, Tensor):
+                dtype = self.compute_dtype(name.removesuffix(".weight"), module)
+                blocks = [own.rows(weight, block).to(dtype) for block in own.row_blocks(weight)]
+                undo.append(own.widen(module, torch.cat(blocks)))
+        return undo
 
     def settle(self) -> None:
         """Leave a plain model in the compute dtype: every parameter rounded once, no module held."""

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ _NAMES = {
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
+#: torch's dtypes by their names in the format.
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
 _PIECE = 1 << 24  # bytes read at once when a file is verified
 
 
@@ -42,16 +45,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         CheckpointError: a dtype has no name in the format.
         OSError: the file could not be written.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise CheckpointError(f"tensor {name} has the dtype {tensor.dtype}, which a safetensors file cannot hold")
-        size = math.prod(tensor.shape) * tensor.element_size()
-        place = [offset, offset + size]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+    return stream_tensors(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.__getitem__)
+
+
+def stream_tensors(
+    path: Path,
+    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    value: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """As `write_tensors`, for tensors of which dtype and shape are known before they are made, one at a time.
+
+    Args:
+        path: the new file.
+        kinds: dtype and shape of each tensor.
+        value: makes the tensor of a name; it may be freed once the next is asked for.
+        metadata: words for the header.
+    """
+    order = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in order:
+        dtype, shape = kinds[name]
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -61,9 +81,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             digest.update(piece)
             file.write(piece)
         for name in order:
-            raw = _raw_bytes(tensors[name])
+            tensor = value(name)
+            if (tensor.dtype, tuple(tensor.shape)) != kinds[name]:
+                raise AssertionError(f"{name} came as {tensor.dtype} {tuple(tensor.shape)}, not as {kinds[name]}")
+            raw = _raw_bytes(tensor)
             digest.update(raw)
             file.write(raw)
+            del tensor, raw  # else it would stay while the next one is made
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
