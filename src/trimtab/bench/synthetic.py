@@ -28,7 +28,7 @@ class Shape:
 
 
 #: A toy, to see that a script runs.
-QUICK = Shape(hidden=128, intermediate=352, layers=2, heads=2, words=500, sequences=2, length=32)
+QUICK = Shape(hidden=128, intermediate=384, layers=2, heads=2, words=500, sequences=2, length=32)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def random_llama(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Any:
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        max_position_embeddings=shape.length,
+        max_position_embeddings=2 * shape.length,  # room for a prompt
         tie_word_embeddings=False,
         attn_implementation="sdpa",
     )
