@@ -71,6 +71,52 @@ def test_it_is_the_merge_in_memory_bit_for_bit(family: str, dtype: torch.dtype, 
     assert torch.equal(logits(again, token_ids()), logits(wanted, token_ids()))
 
 
+VARIANTS = {
+    "dora": {"name": "lora", "rank": 4, "dora": True},
+    "pissa": {"name": "lora", "rank": 4, "init": "pissa"},
+    "patterns": {"name": "lora", "rank": 4, "alpha_pattern": {".*": 3.0}},
+    "biases": {"name": "lora", "rank": 4, "bias": "all"},
+    "untied": {"name": "lora", "rank": 4, "train_also": ["embeddings", "norms", "head"], "untie": True},
+    "adalora": {"name": "adalora", "total_steps": 30},
+    "bitfit": {"name": "bitfit"},
+    "ia3": {"name": "ia3"},
+    "vera": {"name": "vera", "rank": 8, "pair": "peft"},
+}
+#: LLaMA has no biases.
+SETTINGS = [
+    (f, v) for f in ("llama", "gpt2") for v in VARIANTS if (f, v) not in {("llama", "biases"), ("llama", "bitfit")}
+]
+
+
+@pytest.mark.parametrize(("family", "variant"), SETTINGS)
+def test_every_method_merges_as_in_memory(family: str, variant: str, tmp_path: Path) -> None:
+    """No method is known to the merge, and each gives in files what it gives in memory, bit for bit."""
+    model = MODELS[family]().to(torch.bfloat16)
+    save(model, tmp_path / "base")
+    config = dict(VARIANTS[variant])
+    if variant == "vera":
+        config["targets"] = ["q_proj"] if family == "llama" else ["c_attn"]
+    if variant == "patterns":
+        config["rank_pattern"] = {"q_proj" if family == "llama" else "c_attn": 2}
+    trained_adapter(family, tmp_path / "base", tmp_path / "adapter", config)  # type: ignore[arg-type]
+    in_memory(family, tmp_path / "base", tmp_path / "adapter", tmp_path / "wanted")
+    report = merged(tmp_path, untie=variant == "untied")
+    found, expected = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "wanted")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert report.changed
+
+
+@pytest.mark.parametrize("config", [{"name": "prompt", "length": 4}, {"name": "prefix", "length": 4}])
+def test_a_method_without_a_merged_form_is_refused(config: dict[str, object], tmp_path: Path) -> None:
+    """CannotMerge, and nothing is written."""
+    save(tiny_llama(), tmp_path / "base")
+    trained_adapter("llama", tmp_path / "base", tmp_path / "adapter", config)  # type: ignore[arg-type]
+    with pytest.raises(trimtab.CannotMerge):
+        merged(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_pefts_own_folder(family: str, tmp_path: Path) -> None:
     """An adapter that peft made, with modules stored in full, gives what peft's merge gives."""
