@@ -6,7 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from models_for_tests import MODELS, train
 from torch import nn
+
+import trimtab
+from trimtab.export.merge import Merged, merge_checkpoint
 
 Changes = Callable[[str, torch.Tensor], bool]
 
@@ -42,3 +46,16 @@ def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
 def everything(name: str, parameter: torch.Tensor) -> bool:
     """Every parameter changes."""
     return True
+
+
+def trained_adapter(family: str, base: Path, out: Path, config: trimtab.Method | None = None) -> None:
+    """Train an adapter for three steps on the checkpoint at `base` and save it."""
+    model = type(MODELS[family]()).from_pretrained(base, dtype="auto")
+    adapter = trimtab.attach(model, config or trimtab.LoRA(rank=4))
+    train(model, adapter, torch.optim.AdamW(adapter.parameter_groups(lr=1e-2)), range(1, 4))
+    adapter.save(out)
+
+
+def merged(folder: Path, **how: object) -> Merged:
+    """Merge folder/adapter into folder/base as folder/out."""
+    return merge_checkpoint(str(folder / "base"), folder / "adapter", folder / "out", **how)  # type: ignore[arg-type]
