@@ -63,7 +63,10 @@ MISTAKES = {
     "unknown method": ("method.name=rilora", "method.name: no method is called 'rilora'; did you mean relora?"),
     "method without keys of the old one": ("method.name=lora", "'method={name: lora, rank: 4}'"),
     "method that is no section": ("method=full", "method: 'full' is not a section"),
-    "method without a name": ("method={rank: 3}", "method.name: is missing; the methods are full, lora, relora"),
+    "method without a name": (
+        "method={rank: 3}",
+        "method.name: is missing; the methods are adalora, bitfit, bottleneck, full, ",
+    ),
     "rank of zero": ("method.rank=0", "method.rank: 0 is too small; it must be at least 1"),
     "word for a number": ("optim.lr=fast", "optim.lr: 'fast' is not a number"),
     "not a number": ("train.clip=.nan", "train.clip: nan is not a finite number"),

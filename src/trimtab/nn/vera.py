@@ -23,12 +23,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trimtab.nn.adapted import Adapted
-from trimtab.nn.lowrank import dropout_mask
+from trimtab.nn.lowrank import draw_seed, dropout_mask
 from trimtab.nn.pairs import Pairs
 from trimtab.nn.precision import compute_dtype_of
 from trimtab.nn.reading import share
@@ -140,13 +139,13 @@ class _DropFunction(torch.autograd.Function):
     """Dropout that keeps no mask: backward makes it again from its seed."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, p: float) -> Tensor:
-        ctx.p, ctx.seed = p, int(torch.randint(2**62, (), device="cpu").item())
-        return x * dropout_mask(x, p, ctx.seed)
+    def forward(ctx: Context, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return x * dropout_mask(x, p, seed)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Any, ...]:
-        return grads[0] * dropout_mask(grads[0], ctx.p, ctx.seed), None
+        return grads[0] * dropout_mask(grads[0], ctx.p, ctx.seed), None, None
 
 
 def _plain_arithmetic(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -189,8 +188,7 @@ def vera_linear(
         u, branch, keep_u = None, None, True
         compiling = torch.compiler.is_compiling()
         if dropout:
-            # A compiler cannot follow a seed through Python, and decides itself what becomes of the mask.
-            branch = F.dropout(flat, dropout) if compiling else _DropFunction.apply(flat, dropout)  # type: ignore[no-untyped-call]
+            branch = _DropFunction.apply(flat, dropout, draw_seed(dropout))  # type: ignore[no-untyped-call]
         elif not compiling and kept_anyway(flat):
             keep_u = False
         elif followers is not None and not compiling:
