@@ -71,7 +71,9 @@ def ours(row: str, targets: tuple[str, ...], rank: int) -> trimtab.Method:
         PAIRS[2]: lambda: trimtab.LoRA(rank=8, alpha=8, dora=True, targets=targets),
         PAIRS[3]: lambda: trimtab.VeRA(rank=rank, targets=targets),
         PAIRS[4]: lambda: trimtab.AdaLoRA(rank=8, init_rank=12, total_steps=STEPS, targets=targets),
-        PAIRS[5]: lambda: trimtab.IA3(targets=targets, feedforward=tuple(t for t in targets if t == "down_proj")),
+        PAIRS[5]: lambda: trimtab.IA3(
+            targets=tuple(t for t in targets if t != "down_proj"), feedforward=("down_proj",)
+        ),
         PAIRS[6]: lambda: trimtab.PromptTuning(length=16),
         PAIRS[7]: lambda: trimtab.PrefixTuning(length=16),
         ALONE[0]: lambda: trimtab.BitFit(add_bias=True),
@@ -206,11 +208,13 @@ class Row:
 
             model = peft.get_peft_model(model, theirs(row, TARGETS, rank))
             groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-        if chunked and not row.startswith("prompt"):
+        if chunked:
+            objective.check(self.batch)
             self.loss: Callable[[], torch.Tensor] = lambda: objective(self.batch) / tokens
         else:
-            # peft shortens no labels for a prompt: it counts on the model's own loss, as the rows of prompts do here.
-            self.loss = lambda: model(input_ids=ids, labels=ids, use_cache=row.startswith("prefix")).loss
+            self.loss = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
+        # AdaLoRA in peft is driven by its user.
+        self.allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = build_optimizer(OptimConfig(lr=RATE), groups, "cpu")
         self.steps = 0
@@ -226,6 +230,8 @@ class Row:
         self.steps += 1
         if self.adapter is not None:
             self.adapter.after_step(self.steps, self.optimizer)
+        elif self.allocate is not None:
+            self.allocate(self.steps)
         return loss.item()
 
     def costs(self) -> Costs:

@@ -104,6 +104,10 @@ def test_what_has_no_sum_is_refused() -> None:
     trimtab.attach(full, trimtab.Full())
     with pytest.raises(trimtab.ConfigError, match="method full; only LoRAs"):
         trimtab.combine(full, {"default": 1.0}, name="mix")
+    warm = tiny_llama()
+    trimtab.attach(warm, trimtab.LoRA(rank=2, warm_start_steps=2))
+    with pytest.raises(trimtab.ConfigError, match="warm start"):
+        trimtab.combine(warm, {"default": 1.0}, name="mix")
     writing = tiny_llama()
     trimtab.attach(writing, trimtab.ReLoRA(rank=2, restart_every=2))
     with pytest.raises(trimtab.ConfigError, match="changes base tensors"):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from test_checkpoint import child
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import trimtab
 from trimtab.config import PretrainConfig
 from trimtab.data.batches import validation_batches
 from trimtab.data.tokens import build_store, store_folder
@@ -265,6 +266,37 @@ def test_other_methods_take_the_same_path(text: Path, tmp_path: Path, method: di
     ranks = [matrix["rank"] for matrix in json.loads((result.folder / "spectrum.json").read_text())["matrices"]]
     assert max(ranks) <= 4 if method["name"] == "lora" else max(ranks) > 12
     assert AutoModelForCausalLM.from_pretrained(result.folder / "model").dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "vera", "rank": 16},
+        {"name": "adalora", "rank": 2, "init_rank": 3},
+        {"name": "ia3"},
+        {"name": "bitfit", "add_bias": True},
+        {"name": "bottleneck", "size": 4},
+        {"name": "prompt", "length": 3},
+        {"name": "prefix", "length": 3},
+    ],
+    ids=lambda method: method["name"],
+)
+def test_every_method_ends_in_a_model_that_scores_as_was_said(
+    text: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """Merged into model/, or, without a merged form, beside it in adapter/: loaded again, both score the same."""
+    asked = config(text, tmp_path, method=method, dtype="fp32", schedule={}, train__steps=4)
+    result = pretrain(asked, console=quiet())
+    model = AutoModelForCausalLM.from_pretrained(result.folder / "model")
+    merged = records(result.folder, "eval")[-1]["merged"]
+    assert merged == (method["name"] in ("vera", "adalora", "ia3"))
+    assert (result.folder / "adapter").exists() != merged
+    if not merged:
+        trimtab.load_adapter(model, result.folder / "adapter")
+    store = build_store(asked.data, asked.seed, store_folder(asked.data, asked.seed, asked.out))
+    batches = validation_batches(store.validation, 16, 100, 2, eos_id=store.tokenizer.eos_id)
+    assert result.evaluation is not None
+    assert evaluate(model, Objective(model), batches).loss == pytest.approx(result.evaluation.loss, rel=1e-5)
 
 
 def test_a_used_folder_a_missing_checkpoint_and_a_changed_setting(

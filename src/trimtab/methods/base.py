@@ -166,10 +166,7 @@ class Method(Settings, abc.ABC, metaclass=_OneLine):
         return None
 
     def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
-        """The completed-step counts after which a restart happens in a run of `total_steps`.
-
-        None lies at the end, and none leaves a last cycle shorter than `rewarm_steps`.
-        """
+        """The steps of a run of `total_steps` after which a restart happens: none at the end, none without re-warm."""
         return ()
 
     @classmethod
@@ -201,7 +198,10 @@ class Adapter(abc.ABC):
     Attributes:
         model: the edited model.
         config: the method's config.
+        no_merge: why there is no merged form; empty where `merge` works.
     """
+
+    no_merge: str = ""
 
     def __init__(self, model: nn.Module, config: Method) -> None:
         self.model = model

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import CannotMerge, CheckpointError, ConfigError, TargetError
+from trimtab.errors import CheckpointError, ConfigError, TargetError
 from trimtab.methods.base import Adapter
 from trimtab.methods.folder import SavedAdapter, refuse_unknown
 from trimtab.methods.frozen import FrozenBase, FrozenBaseAdapter
@@ -154,22 +154,14 @@ class BitFitAdapter(FrozenBaseAdapter):
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
         return iter(())  # no matrix is updated
 
-    def _refuse_added(self) -> None:
-        if self._targets:
-            raise CannotMerge(
-                f"method bitfit: add_bias gave biases to layers that have none ({next(iter(self._targets))} first), "
-                "and a checkpoint of this model has no place for them: whoever loads it would lose them. Use save() "
-                "and trimtab.load_adapter()"
-            )
-
-    def merge(self, *, quantized: bool = False) -> None:
-        self._require_open("merge()")
-        self._refuse_added()
-        super().merge(quantized=quantized)
-
-    def merged_tensor(self, name: str, value: Tensor) -> Tensor:
-        self._refuse_added()
-        return super().merged_tensor(name, value)
+    @property
+    def no_merge(self) -> str:  # type: ignore[override]
+        if not self._targets:
+            return ""
+        return (
+            f"add_bias gave biases to layers that have none ({next(iter(self._targets))} first), and a checkpoint of "
+            "this model has no place for them: whoever loads it would lose them. Use save() and trimtab.load_adapter()"
+        )
 
     def _saved(self) -> SavedAdapter:
         full, _ = self._saved_in_full()

@@ -7,7 +7,7 @@ network's output projection; Pfeiffer et al. (arXiv 2005.00247) one, after the l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -88,9 +88,7 @@ class BottleneckAdapter(FrozenBaseAdapter):
 
     config: Bottleneck
     mixin = BottleneckMixin
-    no_merge: ClassVar[str] = (
-        "a bottleneck has an activation between its matrices, so no weight of the base could stand for it"
-    )
+    no_merge = "a bottleneck has an activation between its matrices, so no weight of the base could stand for it"
 
     def __init__(self, model: nn.Module, config: Bottleneck, residence: Residence) -> None:
         super().__init__(model, config, residence)

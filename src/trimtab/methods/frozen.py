@@ -81,12 +81,10 @@ class FrozenBaseAdapter(Adapter):
 
     Attributes:
         mixin: what the adapted layers wear, for methods made of layers.
-        no_merge: why the method has no merged form; empty when it has one.
         embeddings: whether targets may name embeddings, too.
     """
 
     mixin: ClassVar[type[Adapted]] = Adapted
-    no_merge: ClassVar[str] = ""
     embeddings: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, config: Method, residence: Residence) -> None:

@@ -215,7 +215,8 @@ class LoRAAdapter(FrozenBaseAdapter):
         if self.config.init == "pissa":
             self.start = self._principal()
             weights = {f"{name}.weight": self._residence.parameters[f"{name}.weight"] for name in self.start}
-            if not self.config.switch_step:  # what a warm start trained is not what the model came with
+            # What a warm start trained is not what the model came with.
+            if not self.config.switch_step and self._residence.kept is None:
                 for name, weight in weights.items():
                     if weight.device.type != "meta":
                         kept.put(name, weight)

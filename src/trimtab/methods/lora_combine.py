@@ -29,7 +29,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], *, name: str) -> Ada
         name: of the new adapter.
 
     Raises:
-        ConfigError: an adapter is unknown, is no LoRA, is a DoRA, or the name is taken.
+        ConfigError: an adapter is unknown, is no LoRA, is a DoRA or in its warm start, or the name is taken.
     """
     terms: dict[str, list[tuple[float, Tensor, Tensor]]] = {}
     for given, weight in weights.items():
@@ -71,6 +71,8 @@ def _plain(model: nn.Module, name: str, weight: float) -> LoRAAdapter:
         raise ConfigError(f"weights: {name!r} is of the method {adapter.config.name}; only LoRAs can be added up")
     if adapter.config.dora:
         raise ConfigError(f"weights: {name!r} is a DoRA, whose update is no product of two factors")
+    if not adapter.adapted:
+        raise ConfigError(f"weights: {name!r} is in its warm start, and has no factors yet")
     if not math.isfinite(weight):
         raise ConfigError(f"weights: {name!r} has the weight {weight}, which is not finite")
     return adapter

@@ -114,7 +114,8 @@ def _targets(saved: Mapping[str, Any]) -> str | tuple[str, ...]:
 def settings_from_tensors(saved: SavedAdapter) -> dict[str, Any]:
     """Settings of `LoRA` that the config alone does not decide: PEFT allows `bias` on a model without biases."""
     found: dict[str, Any] = {"untie": bool(saved.extra.get("untie", False))}
-    if not any(name.rpartition(".")[2] == "bias" for name in saved.tensors):
+    ending = ".base_layer.bias" if saved.config.get("bias") == "lora_only" else ".bias"
+    if not any(name.endswith(ending) for name in saved.tensors):
         found["bias"] = "none"
     return found
 

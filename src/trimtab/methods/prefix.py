@@ -91,7 +91,7 @@ class PrefixTuningAdapter(SoftPromptAdapter):
     """Trained keys and values at work on a model."""
 
     config: PrefixTuning
-    no_merge: ClassVar[str] = "a prefix lies in the cache of keys and values and is no part of any weight"
+    no_merge = "a prefix lies in the cache of keys and values and is no part of any weight"
 
     def _find_host(self) -> tuple[str, nn.Module]:
         if is_encoder_decoder(self.model):

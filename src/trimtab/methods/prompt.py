@@ -77,7 +77,7 @@ class PromptTuningAdapter(SoftPromptAdapter):
     """A trained prompt at work on a model."""
 
     config: PromptTuning
-    no_merge: ClassVar[str] = "a prompt stands before the tokens and is no part of any weight"
+    no_merge = "a prompt stands before the tokens and is no part of any weight"
 
     def _find_host(self) -> tuple[str, nn.Module]:
         if is_encoder_decoder(self.model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,14 @@ def replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, *, without: Collection[str] = ()) -> None:
     """Write a Hugging Face folder with model and tokenizer, under a temporary name first.
+
+    Args:
+        model: a transformers model.
+        tokenizer: has `save(folder)`.
+        folder: where to; what was there is replaced.
+        without: names of parameters to leave out, such as an adapter's.
 
     Raises:
         CheckpointError: it could not be written; nothing is left of it then, and an older one is as it was.
@@ -93,7 +99,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
             if leftover.exists():
                 shutil.rmtree(leftover)
         with quiet_libraries():
-            model.save_pretrained(temporary)
+            kept = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
+            model.save_pretrained(temporary, state_dict=kept if without else None)
         tokenizer.save(temporary)
         if folder.exists():
             folder.rename(old)

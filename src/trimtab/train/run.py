@@ -359,16 +359,31 @@ class _Run:
             ).save(self.folder / "spectrum.json")
         except TrimtabError as error:  # a side file; the model must not wait for it
             _say(self.console, f"the spectrum of the update cannot be shown: {error}")
-        adapter.merge()
+        if not adapter.no_merge:
+            adapter.merge()
         model.eval()
         objective = Objective(model, config.loss.chunked, config.loss.chunk)
         result = self._evaluate(model, objective, store, config.eval.final_tokens or config.eval.tokens)
-        log.event({"event": "eval", "step": step, "final": True, "merged": True, **result.record()})
-        save_model(model, store.tokenizer, self.folder / "model")
+        log.event({"event": "eval", "step": step, "final": True, "merged": not adapter.no_merge, **result.record()})
+        self._save(model, adapter, store)
         self._note_peak()
         write_report(self.folder)
         _say(self.console, f"model: {self.folder / 'model'}   report: {self.folder / 'report.html'}")
         return result
+
+    def _save(self, model: Any, adapter: Adapter, store: TokenStore) -> None:
+        """The merged model; or, where a method has no merged form, the base and the adapter, each in its folder."""
+        if not adapter.no_merge:
+            save_model(model, store.tokenizer, self.folder / "model")
+            return
+        own = {entry.name for entry in adapter.trainable() if entry.group == "adapter"}
+        save_model(model, store.tokenizer, self.folder / "model", without=own)
+        adapter.save(self.folder / "adapter")
+        _say(
+            self.console,
+            f"adapter: {self.folder / 'adapter'}, to be put on the base in {self.folder / 'model'} by "
+            f"trimtab.load_adapter (it is not merged: {adapter.no_merge})",
+        )
 
 
 def _data_identity(store: TokenStore) -> str:
