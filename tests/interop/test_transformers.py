@@ -278,27 +278,6 @@ def test_the_extra_term_has_weight_one(tmp_path: Path, changes: dict[str, Any]) 
     assert any(p.grad is not None and p.grad.any() for n, p in fresh.named_parameters() if "lora_A" in n)
 
 
-@pytest.mark.parametrize("saved", [5, 7])
-def test_adalora_reallocates_and_resumes(tmp_path: Path, saved: int) -> None:
-    """AdaLoRA's budget falls inside a Trainer as in the loop, and 2N steps equal N, save, resume, N."""
-    config = trimtab.AdaLoRA(rank=2, init_rank=4, initial_steps=2, final_steps=3, allocate_every=1, dropout=0.2)
-
-    def run(resume: str | None = None, **changes: Any) -> tuple[Trainer, trimtab.Adapter]:
-        callback = TrimtabCallback(config, merge_at_end=False)
-        trainer = build(arguments(tmp_path, gradient_accumulation_steps=2, **changes), callback)
-        trainer.train(resume_from_checkpoint=resume)
-        assert isinstance(callback.adapter, trimtab.Adapter)
-        return trainer, callback.adapter
-
-    whole, adapter = run(save_strategy="steps", save_steps=saved)
-    values = [p for n, p in adapter.own().items() if n.endswith("lora_E")]  # type: ignore[attr-defined]
-    kept = sum(int((p != 0).sum()) for p in values)
-    assert kept == 2 * len(values) and len({int((p != 0).sum()) for p in values}) > 1
-    resumed, again = run(str(tmp_path / f"checkpoint-{saved}"))
-    assert equal(snapshot(whole.model), snapshot(resumed.model))
-    assert equal(dict(adapter.state_dict().tensors), dict(again.state_dict().tensors))
-
-
 def test_other_methods_keep_the_trainers_schedule(tmp_path: Path) -> None:
     """LoRA has no restarts, so the rates are the Trainer's own."""
     with_it, without = (
