@@ -22,15 +22,12 @@ NF4 = "nf4"
 
 #: Method configs, and the dtype of the base. One line adds a method.
 METHODS: dict[str, tuple[dict[str, Any], torch.dtype | str]] = {
-<<<<<<< HEAD
-=======
     "adalora": ({"name": "adalora", "rank": 2, "init_rank": 3, "total_steps": 8, "allocate_every": 1}, torch.float32),
     "adalora, dropout": (
         {"name": "adalora", "rank": 2, "init_rank": 3, "total_steps": 8, "dropout": 0.3},
         torch.bfloat16,
     ),
     "bitfit": ({"name": "bitfit", "add_bias": True}, torch.bfloat16),
->>>>>>> interop
     "full": ({"name": "full"}, torch.float32),
     "lora": ({"name": "lora", "rank": 3}, torch.float32),
     "lora, dropout": ({"name": "lora", "rank": 3, "dropout": 0.3}, torch.float32),
@@ -41,6 +38,7 @@ METHODS: dict[str, tuple[dict[str, Any], torch.dtype | str]] = {
     "vera, dropout": ({"name": "vera", "rank": 16, "dropout": 0.3}, torch.float32),
     "bottleneck": ({"name": "bottleneck", "size": 8}, torch.float32),
     "prompt": ({"name": "prompt"}, torch.float32),
+    "ia3": ({"name": "ia3"}, torch.float32),
     "prefix": ({"name": "prefix"}, torch.float32),
     "relora, dropout, bf16": ({"name": "relora", "rank": 3, "restart_every": 2, "dropout": 0.3}, torch.bfloat16),
 }
