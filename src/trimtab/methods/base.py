@@ -258,6 +258,8 @@ class Adapter(abc.ABC):
                 f"optimizer steps, each number once and in rising order; the next one is {self._last_step + 1}"
             )
         self._require_open(f"after_step({step})")
+        if self.record.adapters.get(self.record.active) is not self:
+            raise ValueError(f"after_step({step}): this adapter is not at work; trimtab.activate() it first")
         report = self._after_step(step, optimizer)
         self._last_step = step
         return report
@@ -339,20 +341,21 @@ class Adapter(abc.ABC):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model computes what the base computes.
+        """Within this context the model computes what the base computes, whichever adapter was at work.
 
         Raises:
             CannotDetach: something was written into the base, and no copy of it is kept.
         """
         self._require_open("disabled()")
-        if self.record.adapters.get(self.record.active) is not self:
-            yield  # it is off the model already
-            return
-        self._suspend()
+        record = self.record
+        before = record.active
+        record.switch("")
         try:
             yield
         finally:
-            self._resume()
+            # Inside, adapters may have been detached, or another one made active: then that stays.
+            if before in record.adapters and not record.active:
+                record.switch(before)
 
     def _suspend(self) -> None:
         """Leave the base's function; nothing is lost."""
@@ -368,7 +371,9 @@ class Adapter(abc.ABC):
         Raises:
             CannotSave: the adapter alone would not describe what was trained.
         """
-        write_adapter_folder(Path(path), self._saved())
+        self._require_open("save()")
+        with self.record.at_work(self.attached_name):
+            write_adapter_folder(Path(path), self._saved())
 
     def _saved(self) -> SavedAdapter:
         """What `save` writes."""
@@ -377,6 +382,7 @@ class Adapter(abc.ABC):
     @property
     def record(self) -> Attached:
         """What is attached to the model, this adapter among it."""
+        self._require_open("record")
         record = record_of(self.model)
         assert record is not None
         return record

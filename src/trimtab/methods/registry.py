@@ -30,8 +30,10 @@ def parse_method(value: Method | Mapping[str, Any]) -> Method:
     """
     if isinstance(value, Method):
         return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"a method is a config or a mapping with a `name`, got {type(value).__name__}")
+    given: object = value
+    if not isinstance(given, Mapping):
+        said = f"the class; give {given.__name__}()" if isinstance(given, type) else type(given).__name__
+        raise ConfigError(f"a method is a config or a mapping with a `name`, got {said}")
     name = value.get("name")
     if name not in REGISTRY:
         raise ConfigError(f"name: no method is called {name!r}; the methods are {', '.join(sorted(REGISTRY))}")
