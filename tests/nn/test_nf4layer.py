@@ -62,6 +62,25 @@ def test_it_computes_with_the_decoded_weight(
     assert module.weight.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("size", [(192, 96), (4096, 11008)])
+def test_a_piece_may_be_one_block_of_columns(
+    size: tuple[int, int], double: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The input's gradient is right where a piece of columns is one block wide, as the last of 4096 x 11008 is."""
+    columns, rows = size
+    if columns == 192:
+        monkeypatch.setattr(nf4layer, "_PIECE_CPU", nf4.BLOCK * rows)
+    module = nn.Linear(columns, rows, bias=False)
+    pack(module, double=double)
+    pieces = list(nf4layer._pieces(columns, rows, nf4.BLOCK, torch.device("cpu")))
+    assert len(pieces) > 1 and pieces[-1].stop - pieces[-1].start == nf4.BLOCK
+    g = torch.randn(3, rows).to(dtype)
+    found, expected = module.holder.grad_input(module.weight, g), g @ dense(module, dtype)
+    assert (found - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.abs().max()
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_gradcheck(double: bool) -> None:
     """The hand-written backward is the derivative, in float64."""
