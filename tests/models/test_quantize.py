@@ -259,6 +259,34 @@ def test_a_quantised_bf16_model_merges_to_bf16() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_merging_trained_biases_leaves_plain_layers(family: str) -> None:
+    """Biases that train on a 4-bit bf16 base: after merge() the layers have what plain ones have, and no more."""
+    model = MODELS[family]().to(torch.bfloat16)
+    plain = {name: (type(module), set(module.__dict__)) for name, module in model.named_modules()}
+    names = trimtab.quantize(model)
+    adapter = trimtab.attach(model, trimtab.BitFit())
+    assert any(model.get_submodule(name).bias.dtype == torch.float32 for name in names)
+    adapter.merge()
+    found = {name: model.get_submodule(name) for name in names}
+    assert {name: (type(module), set(module.__dict__)) for name, module in found.items()} == {n: plain[n] for n in names}
+
+
+@pytest.mark.parametrize("where", ["host", "file"])
+def test_a_merge_after_loading_other_codes_is_a_merge_into_them(where: str, tmp_path: Path) -> None:
+    """load_state_dict of another quantised model, then merge(): the dense weights are the loaded ones."""
+    model, other = (tiny_llama() for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5).add_(0.01)
+    trimtab.quantize(model, master="host" if where == "host" else tmp_path / "m")
+    trimtab.quantize(other)
+    model.load_state_dict(other.state_dict())
+    expected = logits(other, token_ids())
+    trimtab.attach(model, trimtab.LoRA(rank=2)).merge()
+    torch.testing.assert_close(logits(model, token_ids()), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_merging_into_4_bits_is_refused_where_it_would_be_lost() -> None:
     """merge(quantized=True) of a tiny update raises and writes nothing; of a large one it stays in 4 bits."""
     model = tiny_llama()

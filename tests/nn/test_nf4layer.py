@@ -16,6 +16,7 @@ from trimtab.errors import CheckpointError, ConfigError
 from trimtab.nn import nf4, nf4layer
 from trimtab.nn.nf4layer import NF4Linear
 from trimtab.nn.packing import dequantize_layer, new_master, pack
+from trimtab.nn.precision import hold
 from trimtab.nn.weights import holder_of, shape_of
 
 IN, OUT = 200, 96
@@ -172,6 +173,21 @@ def test_it_becomes_a_plain_layer_and_back(conv: bool) -> None:
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
 
 
+@pytest.mark.parametrize("conv", [False, True])
+def test_widening_a_held_layer_leaves_nothing_behind(conv: bool) -> None:
+    """A layer whose bias trains in fp32 widens to a plain one without a trace, and is held again when that is undone."""
+    module = layer(conv=conv).to(torch.bfloat16)
+    plain = (Conv1D(OUT, IN) if conv else nn.Linear(IN, OUT)).__dict__.keys()
+    module.bias.data = module.bias.data.float()
+    hold(module, torch.bfloat16)
+    x = torch.randn(4, IN, dtype=torch.bfloat16)
+    y, kind = module(x), type(module)
+    undo = dequantize_layer(module)
+    assert type(module) is (Conv1D if conv else nn.Linear) and module.__dict__.keys() == plain
+    undo()
+    assert type(module) is kind and module.trimtab_dtype == torch.bfloat16 and torch.equal(module(x), y)
+
+
 def test_folding_happens_before_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """`fold` sees float64 rows, block by block, and what it returns is rounded once."""
     monkeypatch.setattr(nf4layer, "MERGE_CHUNK", 7 * IN)
@@ -262,6 +278,27 @@ def test_a_stored_master_goes_only_where_there_is_one() -> None:
         full.holder.rows(full.weight, slice(None))
     full.holder.carry = replacement
     assert full.holder.carry is master and torch.equal(full.holder.rows(full.weight, slice(None)), replacement)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_master_follows_codes_that_are_loaded(double: bool) -> None:
+    """Loading another layer's codes restarts the master from them; loading its own leaves it alone, bit for bit."""
+    whole = slice(None)
+    module, other = (layer(double=double, seed=seed, master=new_master("host", "x", (OUT, IN))) for seed in (0, 1))
+    own = module.holder.carry.clone()
+    module.load_state_dict(module.state_dict())
+    assert torch.equal(module.holder.rows(module.weight, whole), own)
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module.holder.rows(module.weight, whole), dense(other))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_master_in_place_before_its_codes_stays(double: bool) -> None:
+    """As in a Trainer's checkpoint: the adapter's state brings the masters, and then the codes are loaded."""
+    module, other = (layer(double=double, seed=seed, master=new_master("host", "x", (OUT, IN))) for seed in (0, 1))
+    module.holder.carry = other.holder.carry
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module.holder.carry, other.holder.carry)
 
 
 def test_it_compiles_without_a_graph_break() -> None:
