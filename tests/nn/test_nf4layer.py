@@ -175,7 +175,7 @@ def test_it_becomes_a_plain_layer_and_back(conv: bool) -> None:
 
 @pytest.mark.parametrize("conv", [False, True])
 def test_widening_a_held_layer_leaves_nothing_behind(conv: bool) -> None:
-    """A layer whose bias trains in fp32 widens to a plain one without a trace, and is held again when that is undone."""
+    """A layer whose bias trains in fp32 widens to a plain one without a trace; undone, it is held again."""
     module = layer(conv=conv).to(torch.bfloat16)
     plain = (Conv1D(OUT, IN) if conv else nn.Linear(IN, OUT)).__dict__.keys()
     module.bias.data = module.bias.data.float()
