@@ -95,10 +95,15 @@ def check_settings(kind: str, compute_dtype: torch.dtype | None, min_kept: float
     """Raise ConfigError for a setting that cannot be."""
     if kind not in KINDS:
         raise ConfigError(f"kind = {kind!r}: no such quantisation; there is {', '.join(map(repr, KINDS))}")
-    if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
-        raise ConfigError(f"compute_dtype = {compute_dtype!r} is no floating dtype of torch")
+    check_dtype("compute_dtype", compute_dtype)
     if not 0.0 <= min_kept <= 1.0:
         raise ConfigError(f"min_kept = {min_kept} is no share between 0 and 1")
+
+
+def check_dtype(setting: str, dtype: torch.dtype | None) -> None:
+    """Raise ConfigError for what is neither None nor a dtype that weights can have."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"{setting} = {dtype!r} is no floating dtype of torch; give torch.bfloat16, say, or None")
 
 
 def _refuse_adapters(model: nn.Module) -> None:
@@ -195,5 +200,7 @@ def make_masters(layers: Mapping[str, nn.Module], where: str | Path | None) -> d
 
 def drop_masters(names: Iterable[str], where: str | Path | None) -> None:
     """Remove the files that `make_masters` made."""
-    for name in names if where is not None and where != "host" else ():
+    if where is None or where == "host":
+        return
+    for name in names:
         (Path(where) / f"{name}.fp32").unlink(missing_ok=True)

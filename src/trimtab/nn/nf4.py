@@ -210,7 +210,7 @@ def load_kernels() -> None:
         import_bitsandbytes()
     except ImportError as error:
         _kernels = {}
-        warnings.warn(f"NF4 layers run in plain torch, several times slower to unpack: {error}", stacklevel=2)
+        warnings.warn(f"NF4 layers run in plain torch, which unpacks more slowly: {error}", stacklevel=2)
         return
     ops = torch.ops.bitsandbytes
     _kernels = {"dequantize": ops.dequantize_4bit.default}

@@ -314,7 +314,7 @@ class NF4Linear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """As any module's; a master that other codes were loaded over must not be merged into."""
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if any(prefix + name in state_dict for name in ("weight", *self.scale_names)):
             self.holder.follow_codes()
 
