@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ def test_pissa_of_a_broken_weight_is_refused_before_anything_changes() -> None:
         attached(model, NEAR["pissa"])
     assert all(torch.equal(v, before[k]) or "down_proj" in k for k, v in model.state_dict().items())
     attached(model, trimtab.LoRA(rank=4)).detach()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_pissa_whose_base_cannot_be_kept_leaves_the_model_free(dora: bool, tmp_path: Path) -> None:
+    """A folder that cannot be made stops it before a layer is adapted, and another adapter can come."""
+    (tmp_path / "file").write_text("")
+    model = tiny_llama()
+    before, ids = copy.deepcopy(model), token_ids()
+    with pytest.raises(trimtab.CheckpointError, match="keep_base: .* cannot be written"):
+        attached(model, trimtab.LoRA(rank=4, init="pissa", dora=dora), keep_base=tmp_path / "file" / "folder")
+    assert same(model, before) and [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert not trimtab.adapters(model) and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(logits(model, ids), logits(before, ids))
+    attached(model, NEAR["pissa"], keep_base=tmp_path / "folder").detach()
+    assert same(model, before)
 
 
 def test_dora_trains_one_length_a_row() -> None:

@@ -10,7 +10,6 @@ from models_for_tests import logits, tiny_llama, token_ids, train
 from torch import Tensor, nn
 
 import trimtab
-
 from trimtab.nn.adapted import dress, undress
 from trimtab.nn.dora import DoRAMixin, _DoRAFunction, dora_linear, row_norms, row_squares
 from trimtab.nn.weights import Dense

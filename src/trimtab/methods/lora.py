@@ -215,11 +215,12 @@ class LoRAAdapter(FrozenBaseAdapter):
         if self.config.init == "pissa":
             self.start = self._principal()
             weights = {f"{name}.weight": self._residence.parameters[f"{name}.weight"] for name in self.start}
-            # What a warm start trained is not what the model came with.
-            if not self.config.switch_step and self._residence.kept is None:
+            weights = {name: weight for name, weight in weights.items() if weight.device.type != "meta"}
+            if self._residence.kept is not None:
+                self._residence.edit(weights)  # copies what it is given: a file that cannot be written stops it here
+            elif not self.config.switch_step:  # what a warm start trained is not what the model came with
                 for name, weight in weights.items():
-                    if weight.device.type != "meta":
-                        kept.put(name, weight)
+                    kept.put(name, weight)
         self._begin()
         self.adapted = True
         self._draw()
