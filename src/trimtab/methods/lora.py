@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -32,7 +32,7 @@ from trimtab.nn.initial import Init, draw_factors, principal_factors
 from trimtab.nn.lora_embedding import LoRAEmbeddingMixin
 from trimtab.nn.lowrank import LoRAMixin
 from trimtab.nn.residence import Residence
-from trimtab.nn.tied import untie
+from trimtab.nn.tied import Parted, part
 from trimtab.nn.weights import holder_of, is_conv1d, shape_of
 
 #: Of `parameter_groups`: the name of LoRA+'s group, and the key of what its rate is multiplied by.
@@ -112,15 +112,15 @@ class LoRA(Targeted):
         return f"{given[0]}={getattr(self, given[0])!r}" if given else super().writes_base
 
     def attach(self, model: nn.Module, **settings: Any) -> Adapter:
-        tie_again = untie(model) if self.untie else None
+        parted = part(model) if self.untie else None
         try:
             adapter = super().attach(model, **settings)
         except BaseException:
-            if tie_again is not None:
-                tie_again()
+            if parted is not None:
+                parted.tie(model)
             raise
         assert isinstance(adapter, LoRAAdapter)
-        adapter.tie_again = tie_again
+        adapter.parted = parted
         return adapter
 
     def _attach(self, model: nn.Module, residence: Residence) -> LoRAAdapter:
@@ -164,7 +164,7 @@ class LoRAAdapter(FrozenBaseAdapter):
             )
         self._restart_count = 0
         self.adapted = False
-        self.tie_again: Callable[[], None] | None = None
+        self.parted: Parted | None = None
         #: PiSSA's A and B at the start, in host memory: what was taken from the base.
         self.start: dict[str, tuple[Tensor, Tensor]] = {}
         if config.switch_step:
@@ -365,8 +365,8 @@ class LoRAAdapter(FrozenBaseAdapter):
 
     def detach(self) -> None:
         super().detach()
-        if self.tie_again is not None:
-            self.tie_again()
+        if self.parted is not None:
+            self.parted.tie(self.model)
 
     def _saved(self) -> SavedAdapter:
         if not self.adapted or self._restart_count or self.config.switch_step:
