@@ -269,12 +269,15 @@ def test_a_changed_config_is_refused(folder: Path, message: str, tmp_path: Path)
         ("drop", r"lacks model.layers.1.self_attn.q_proj.lora_B"),
         ("add", r"has, but the model lacks, model.layers.7.*lora_A"),
         ("shape", r"lora_B is \(31, 2\) in the file and \(32, 2\) in the model"),
+        ("nan", r"damaged: model.layers.1.self_attn.q_proj.lora_B has entries .* not finite"),
+        ("inf", r"damaged: model.layers.1.self_attn.q_proj.lora_B has entries .* not finite"),
+        ("integers", r"damaged: model.layers.1.self_attn.q_proj.lora_B is of torch.int32 in the file"),
         ("table", r"brings model.embed_tokens.base_layer.weight, which is not the model's"),
         ("sample", "damaged"),
     ],
 )
 def test_changed_tensors_are_refused(folder: Path, change: str, message: str, tmp_path: Path) -> None:
-    """A cut or overwritten file, a tensor too few, too many or of another shape, and another table."""
+    """A cut or overwritten file, a tensor too few, too many, of another shape or no numbers, and another table."""
     shutil.copytree(folder, tmp_path / "a")
     file, prefix = tmp_path / "a/adapter_model.safetensors", "base_model.model.model."
     raw, tensors = file.read_bytes(), load_file(file)
@@ -292,6 +295,10 @@ def test_changed_tensors_are_refused(folder: Path, change: str, message: str, tm
             tensors[f"{prefix}layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 32)
         elif change == "shape":
             tensors[key] = tensors[key][:31].contiguous()
+        elif change == "integers":
+            tensors[key] = tensors[key].to(torch.int32)
+        elif change in ("nan", "inf"):
+            tensors[key][0, 1] = float(change)
         else:
             tensors[f"{prefix}embed_tokens.base_layer.weight"] = torch.zeros(97, 32)
         save_file(tensors, file)

@@ -85,7 +85,7 @@ class SavedAdapter:
             known: all names that may be there, with what they are on the model.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown, or of another shape.
+            CheckpointError: a tensor is missing, unknown, of another shape, of integers, or not finite.
         """
         named = {}
         for name, tensor in self.tensors.items():
@@ -101,6 +101,16 @@ class SavedAdapter:
                 raise CheckpointError(
                     f"the adapter is of another base: {name} is {tuple(tensor.shape)} in the file and "
                     f"{tuple(known[name].shape)} in the model"
+                )
+            if not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"the adapter is damaged: {name} is of {tensor.dtype} in the file, and only floating-point numbers "
+                    "can be read; save it anew from the model that it was trained in"
+                )
+            if not tensor.float().isfinite().all():
+                raise CheckpointError(
+                    f"the adapter is damaged: {name} has entries in the file that are not finite; save it anew, from "
+                    "before its training diverged"
                 )
         return named
 
