@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -212,6 +214,14 @@ def test_patterns_give_layers_their_own_rank_and_alpha() -> None:
     assert trimtab.LoRA(rank=2, rank_pattern={"q_proj": 9}).update_rank == 9
     root = attached(tiny_llama(), config.model_copy(update={"rslora": True})).layers
     assert root[first].scale == 16.0
+
+
+@pytest.mark.parametrize("method", [trimtab.LoRA, partial(trimtab.ReLoRA, restart_every=2)])
+def test_configs_are_hashable(method: Callable[..., trimtab.LoRA]) -> None:
+    """Equal ones, patterns in another order among them, have one hash."""
+    patterns = {"q_proj": 2, "k_proj": 4}
+    a, b = method(rank_pattern=patterns), method(rank_pattern=dict(reversed(patterns.items())))
+    assert a == b and hash(a) == hash(b) and len({a, b, method(), method(alpha_pattern={"q": 1.0})}) == 3
 
 
 EMBED = ("embed_tokens", "q_proj")

@@ -86,6 +86,11 @@ class LoRA(Targeted):
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return value
 
+    def __hash__(self) -> int:
+        # Equal dictionaries may be in another order, and pydantic's own hash takes none.
+        values = (getattr(self, key) for key in type(self).model_fields)
+        return hash((type(self), *(frozenset(v.items()) if isinstance(v, dict) else v for v in values)))
+
     def rank_of(self, name: str) -> int:
         """The rank of the layer called `name`."""
         return int(self.rank_pattern.get(pattern_of(self.rank_pattern, name), self.rank))
