@@ -143,11 +143,11 @@ class LoRA(Targeted):
     @classmethod
     def from_folder(cls, saved: SavedAdapter) -> LoRA | None:
         config = cls.from_saved(saved.config)
-        return config and config.model_copy(update=lora_files.settings_from_tensors(saved))
+        return config and config.model_copy(update=lora_files.settings_from_tensors(saved, config))
 
     def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
         assert isinstance(adapter, LoRAAdapter)
-        adapter.load_tensors(lora_files.without_base(saved, adapter.model), lora_files.SUFFIXES)
+        adapter.load_tensors(lora_files.without_base(lora_files.with_signs(saved), adapter.model), lora_files.SUFFIXES)
 
 
 class LoRAAdapter(FrozenBaseAdapter):
