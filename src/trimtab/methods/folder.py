@@ -210,7 +210,8 @@ def write_adapter_folder(path: Path, saved: SavedAdapter) -> None:
         }
         metadata = {"format": "pt", OURS: json.dumps(saved.extra, sort_keys=True)}
         save_file(contiguous, path / TENSOR_FILE, metadata=metadata)
-        text = json.dumps(saved.config, indent=2, sort_keys=True) + "\n"
+        # Fields in order of their names, but nothing inside them: the first pattern that matches a layer counts.
+        text = json.dumps(dict(sorted(saved.config.items())), indent=2) + "\n"
         (path / CONFIG_FILE).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the adapter cannot be written to {path}: {error}") from None
