@@ -85,7 +85,7 @@ class SavedAdapter:
             known: all names that may be there, with what they are on the model.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown, or of another shape.
+            CheckpointError: a tensor is missing, unknown, of another shape, of integers, or not finite.
         """
         named = {}
         for name, tensor in self.tensors.items():
@@ -101,6 +101,16 @@ class SavedAdapter:
                 raise CheckpointError(
                     f"the adapter is of another base: {name} is {tuple(tensor.shape)} in the file and "
                     f"{tuple(known[name].shape)} in the model"
+                )
+            if not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"the adapter is damaged: {name} is of {tensor.dtype} in the file, and only floating-point numbers "
+                    "can be read; save it anew from the model that it was trained in"
+                )
+            if not tensor.float().isfinite().all():
+                raise CheckpointError(
+                    f"the adapter is damaged: {name} has entries in the file that are not finite; save it anew, from "
+                    "before its training diverged"
                 )
         return named
 
@@ -199,7 +209,8 @@ def write_adapter_folder(path: Path, saved: SavedAdapter) -> None:
             for name, tensor in saved.tensors.items()
         }
         metadata = {"format": "pt", OURS: json.dumps(saved.extra, sort_keys=True)}
-        text = json.dumps(saved.config, indent=2, sort_keys=True) + "\n"
+        # Fields in order of their names, but nothing inside them: the first pattern that matches a layer counts.
+        text = json.dumps(dict(sorted(saved.config.items())), indent=2) + "\n"
         # Both under other names first, so that a full disk leaves an older adapter as it was.
         fresh = [path / f"{name}.tmp" for name in (TENSOR_FILE, CONFIG_FILE)]
         save_file(contiguous, fresh[0], metadata=metadata)
