@@ -16,26 +16,20 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
-from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError, ConfigError
+from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError
 from trimtab.methods.attached import Attached, place, record_of
 from trimtab.methods.folder import SavedAdapter, write_adapter_folder
+from trimtab.methods.oneline import OneLine
 from trimtab.nn.residence import Residence
 from trimtab.settings import Settings
-
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass
-else:
-    ModelMetaclass = type(Settings)
 
 #: What a trained tensor is, in the order in which `parameter_groups` returns the groups.
 GROUPS = ("adapter", "embedding", "norm", "head", "base")
@@ -80,35 +74,7 @@ class AdapterState:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-class _OneLine(ModelMetaclass):
-    """Calling a config's class with wrong settings is a ConfigError of one line.
-
-    Validation of a tree of settings does not come by here, so that the tree still knows where it went wrong.
-    """
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().__call__(*args, **kwargs)
-        except ValidationError as error:
-            raise misfit(cls, error) from None
-
-
-def misfit(method: Any, error: ValidationError) -> ConfigError:
-    """The first of a config's mistakes, as one line."""
-    first = error.errors()[0]
-    key, known = str(first["loc"][0]), list(method.model_fields)
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=1)
-        what = f"is no setting of it; did you mean {near[0]}?" if near else f"is no setting of it: {', '.join(known)}"
-    elif first["type"] == "missing":
-        what = "is missing; it has no default"
-    else:
-        said = first["msg"].removeprefix("Value error, ")
-        what = f"= {first['input']!r}: {said[0].lower()}{said[1:]}"
-    return ConfigError(f"{method.__name__}: {key} {what}")
-
-
-class Method(Settings, abc.ABC, metaclass=_OneLine):
+class Method(Settings, abc.ABC, metaclass=OneLine):
     """A frozen config of one method; subclasses are registered by the default of their `name`."""
 
     name: str

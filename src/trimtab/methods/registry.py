@@ -12,8 +12,9 @@ from torch import nn
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.attached import activate, record_of
-from trimtab.methods.base import REGISTRY, Adapter, Method, misfit
+from trimtab.methods.base import REGISTRY, Adapter, Method
 from trimtab.methods.folder import read_adapter_folder
+from trimtab.methods.oneline import misfit
 
 
 def registry() -> dict[str, type[Method]]:
