@@ -212,3 +212,27 @@ def test_what_is_no_model_or_no_config_is_refused() -> None:
         trimtab.attach("gpt2", trimtab.LoRA(rank=4))  # type: ignore[arg-type]
     with pytest.raises(trimtab.ConfigError, match=r"LoRA\(\)"):
         trimtab.attach(tiny_llama(), trimtab.LoRA)  # type: ignore[arg-type]
+    with pytest.raises(trimtab.ConfigError, match="'gpt2'"):
+        trimtab.quantize("gpt2")  # type: ignore[arg-type]
+    with pytest.raises(trimtab.ConfigError, match=r"'a': 0\.7"):
+        trimtab.combine(tiny_llama(), ["a"], name="sum")  # type: ignore[arg-type]
+
+
+def test_an_optimizer_of_before_is_noticed_at_the_first_step() -> None:
+    """Built before attach, it holds none of what trains, and nothing would ever move."""
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=4))
+    with pytest.raises(trimtab.ConfigError, match="parameter_groups"):
+        adapter.after_step(1, optimizer)
+    with pytest.raises(trimtab.ConfigError, match="no torch optimizer"):
+        adapter.after_step(1, None)  # type: ignore[arg-type]
+    adapter.after_step(1, torch.optim.AdamW(adapter.parameter_groups(lr=1e-2)))
+
+
+def test_a_peft_model_is_refused() -> None:
+    """An adapter on peft's own layers would adapt its A and B."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(trimtab.ConfigError, match="Restarts"):
+        trimtab.attach(model, trimtab.LoRA(rank=4))

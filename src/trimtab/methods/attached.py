@@ -80,6 +80,11 @@ def place(
     """Attach a config to a model under a name, as `registry.attach` says."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={model!r}: give a torch.nn.Module; transformers' from_pretrained makes one of a name")
+    if wrapped := next((n for n, m in model.named_modules() if type(m).__module__.startswith("peft.tuners.")), None):
+        raise ConfigError(
+            f"{wrapped} is a layer of peft: load the plain model and the adapter with trimtab.load_adapter, or give "
+            "the peft model restarts with trimtab.interop.peft.Restarts"
+        )
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name={name!r}: an adapter's name is a text that is not empty")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError
+from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError, ConfigError
 from trimtab.methods.attached import Attached, place, record_of
 from trimtab.methods.folder import SavedAdapter, write_adapter_folder
 from trimtab.methods.oneline import OneLine
@@ -174,6 +174,7 @@ class Adapter(abc.ABC):
         self.config = config
         self._last_step = 0
         self._closed = ""
+        self._optimizer_seen = False
 
     @property
     def writes_base(self) -> str:
@@ -217,7 +218,10 @@ class Adapter(abc.ABC):
 
         Raises:
             ValueError: `step` does not follow the step of the previous call.
+            ConfigError: the optimizer has nothing of what trains.
         """
+        if not isinstance(step, int):
+            raise ValueError(f"after_step({step!r}): it takes the number of completed optimizer steps, an integer")
         if step <= self._last_step:
             raise ValueError(
                 f"after_step({step}) follows after_step({self._last_step}): it takes the number of completed "
@@ -226,9 +230,24 @@ class Adapter(abc.ABC):
         self._require_open(f"after_step({step})")
         if self.record.adapters.get(self.record.active) is not self:
             raise ValueError(f"after_step({step}): this adapter is not at work; trimtab.activate() it first")
+        self._check_optimizer(step, optimizer)
         report = self._after_step(step, optimizer)
         self._last_step = step
         return report
+
+    def _check_optimizer(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer that was built before the adapter came trains nothing of it: say so at the first step."""
+        if self._optimizer_seen or not (own := {id(entry.parameter) for entry in self.trainable()}):
+            return
+        groups = getattr(optimizer, "param_groups", None)
+        if groups is None:
+            raise ConfigError(f"after_step({step}): optimizer={optimizer!r} is no torch optimizer")
+        if not own & {id(parameter) for group in groups for parameter in group["params"]}:
+            raise ConfigError(
+                f"after_step({step}): the optimizer has none of the parameters that train; build it from "
+                "adapter.parameter_groups(), after attach"
+            )
+        self._optimizer_seen = True
 
     def _after_step(self, step: int, optimizer: torch.optim.Optimizer) -> StepReport:
         return StepReport()

@@ -30,7 +30,7 @@ def quantize(
     master: str | Path | None = None,
     min_kept: float = 0.5,
 ) -> list[str]:
-    """Hold the weights of a model's linear layers in 4 bits, frozen, before an adapter is attached.
+    """Hold the weights of a model's linear layers in 4 bits, in place and frozen, before an adapter is attached.
 
     Every nn.Linear and Conv1D is taken but output heads and layers whose weight another module reads, too. A
     quantised layer is an `NF4Linear`: `model(**batch)`, `.to()`, `state_dict()` and copies work as before, and any
@@ -56,6 +56,8 @@ def quantize(
         ConfigError: a setting is wrong, the model has an adapter or trains a weight, or one is not finite in fp32.
         TargetError: an ending of `skip` matches nothing, or nothing is left. In either case the model is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={model!r}: give a torch.nn.Module, or load one with trimtab.load_quantized")
     check_settings(kind, compute_dtype, min_kept)
     _refuse_adapters(model)
     layers = choose(model, skip)
