@@ -153,7 +153,8 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str
 
 def test_texts_that_cannot_be_used_leave_the_model_alone(tmp_path: Path) -> None:
     """An unknown tokenizer, ids beyond the table."""
-    model = tiny_llama()
+    model, empty = tiny_llama(), tmp_path / "empty"
+    empty.mkdir()
     for settings, message in (
         (
             {"text": "good", "tokenizer": str(tmp_path / "none")},
