@@ -9,7 +9,7 @@ import pytest
 import torch
 from models_for_tests import VOCAB, logits, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 import trimtab
 from trimtab.methods.prompt import PromptTuningAdapter
@@ -153,12 +153,31 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str
 
 def test_texts_that_cannot_be_used_leave_the_model_alone(tmp_path: Path) -> None:
     """An unknown tokenizer, ids beyond the table."""
-    model = tiny_llama()
+    model, empty = tiny_llama(), tmp_path / "empty"
+    empty.mkdir()
     for settings, message in (
-        ({"text": "good", "tokenizer": str(tmp_path / "none")}, "cannot be loaded"),
+        (
+            {"text": "good", "tokenizer": str(tmp_path / "none")},
+            r"none' cannot be loaded: there is no such folder; give",
+        ),
+        ({"text": "good", "tokenizer": str(empty)}, "cannot be loaded"),
         ({"text": (3, VOCAB)}, f"token id {VOCAB} is not among the {VOCAB}"),
         ({"text": "   ", "tokenizer": saved_tokenizer(tmp_path)}, "has no tokens"),
     ):
         with pytest.raises(trimtab.ConfigError, match=message):
             attached(model, init="text", **settings)
         assert not trimtab.adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_tokenizers_own_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever names a tokenizer has not agreed to run what comes with it, nor is asked on the terminal."""
+    seen: list[Any] = []
+    real = AutoTokenizer.from_pretrained
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("trust_remote_code"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", watch)
+    trimtab.attach(tiny_llama(), trimtab.PromptTuning(init="text", text="good", tokenizer=saved_tokenizer(tmp_path)))
+    assert seen == [False]

@@ -233,3 +233,31 @@ def test_threads_do_not_see_each_other() -> None:
     for thread in threads:
         thread.join()
     assert not wrong and not _READINGS.by_id
+
+
+def test_nothing_is_shared_under_torch_func() -> None:
+    """Its tensors have no storage to tell them by."""
+    layers = Layers()
+
+    def f(x: Tensor) -> Tensor:
+        for name in "qk":
+            share(lambda: layers.matrix, x, layers.matrix, x.dtype, reader=name, followers=layers.followers)
+        return x.sum()
+
+    assert torch.equal(torch.func.grad(f)(torch.ones(2, 4)), torch.ones(2, 4))
+    assert not layers.followers
+
+
+def test_a_write_past_autograd_is_the_limit() -> None:
+    """The versions see every write but that through .data, as the module says."""
+    layers = Layers()
+    x = torch.randn(5, 4)
+    first = layers.read("q", x)
+    version = x._version
+    x.data.mul_(2)
+    assert x._version == version
+    stale = share(lambda: first * 2, x, layers.matrix, x.dtype, reader="k", followers=layers.followers)
+    assert stale is first
+    with torch.no_grad():
+        x.mul_(2)
+    assert layers.read("v", x) is not first

@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError
-from trimtab.methods.base import Adapter, AdapterState
+from trimtab.methods.base import Adapter, AdapterState, Method
 
 PREFIX = "trimtab_state."
 META = PREFIX + "meta"
-FORMAT = 1
+FORMAT = 2
 
 
 class ModelState:
     """Puts an adapter's state into `adapter.model.state_dict()`, and takes it out in `load_state_dict`.
+
+    A checkpoint may come in shards, one `load_state_dict` each and in any order: what belongs to the adapter is
+    gathered, and taken up when the last of it is there.
 
     Args:
         adapter: the live adapter; once it is merged or detached, nothing is added any more.
@@ -40,21 +44,43 @@ class ModelState:
         loaded: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self.adapter, self.counters, self.loaded = adapter, counters, loaded
-
-        def add(*args: Any) -> None:  # torch marks this hook by an attribute, which a method cannot have
-            self._add(*args)
-
+        self._meta: dict[str, Any] | None = None
+        self._gathered: dict[str, Tensor] = {}
+        self._taken: set[str] | None = None  # names that a whole state was found under
+        # The object itself is the hook: torch marks it by an attribute, and a copy of the model copies it, too.
         self._handles: list[Any] = [
-            adapter.model.register_state_dict_post_hook(add),  # type: ignore[no-untyped-call]
+            adapter.model.register_state_dict_post_hook(self),  # type: ignore[no-untyped-call]
             adapter.model.register_load_state_dict_pre_hook(self._take),  # type: ignore[no-untyped-call]
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model has an adapter of its own, and the counters of this moment: no loop counts in it."""
+        return {**self.__dict__, "counters": partial(dict, self.counters()), "loaded": _ignore}
+
+    @staticmethod
+    def of(model: nn.Module) -> ModelState | None:
+        """The one that is on a model, if there is one."""
+        return next((hook for hook in model._state_dict_hooks.values() if isinstance(hook, ModelState)), None)
 
     def remove(self) -> None:
         """Leave the model's `state_dict` as it is without this class."""
         for handle in self._handles:
             handle.remove()
 
-    def _add(self, model: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, _: Any) -> None:
+    def check_whole(self) -> None:
+        """Refuse to go on with a part of a checkpoint.
+
+        Raises:
+            CheckpointError: shards were loaded, and something of the adapter's was in none of them.
+        """
+        if self._meta is not None:
+            (name, *_) = self._missing(self._meta)
+            raise CheckpointError(f"the checkpoint lacks {name}, which the adapter trains; it is not whole")
+        if self._gathered:
+            self._check_foreign(self._gathered)
+            self._gathered = {}
+
+    def __call__(self, model: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, _: Any) -> None:
         if self.adapter._closed:
             return
         state = self.adapter.state_dict()
@@ -62,8 +88,10 @@ class ModelState:
         meta = {
             "format": FORMAT,
             "method": self.adapter.config.name,
+            "config": self.adapter.config.model_dump(mode="json"),
             "adapter": state.meta,
             "in_model": sorted(set(state.tensors) - set(own)),
+            "own": sorted(own),
             "counters": self.counters(),
         }
         for key, tensor in own.items():
@@ -74,33 +102,57 @@ class ModelState:
     def _take(self, model: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
         if self.adapter._closed:
             return
-        if prefix + META not in state_dict:
-            self._check_foreign(state_dict, prefix)
+        plain = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        if self._meta is None and not self._gathered and not any(key.startswith(PREFIX) for key in plain):
+            if self._taken is not None and not self._taken & plain.keys():
+                return  # a shard of the base alone, after what is the adapter's was taken up
+            if not self._may_be_shard(plain):
+                self._check_foreign(plain)
+                return
+        if META in plain:
+            if self._meta is not None:  # another checkpoint begins
+                self._gathered = {}
+            self._meta = _parse(plain.pop(META))
+            check_settings(self.adapter.config, self._meta["method"], self._meta["config"])
+        for key in [key for key in state_dict if key.startswith(prefix + PREFIX)]:
+            del state_dict[key]
+        self._check_shapes(plain)
+        self._gathered |= plain
+        if self._meta is None or self._missing(self._meta):
             return
-        meta = _parse(state_dict.pop(prefix + META))
-        if meta["method"] != self.adapter.config.name:
-            raise CheckpointError(
-                f"the checkpoint was written with the method {meta['method']}, and the model has "
-                f"{self.adapter.config.name}; attach the method of the checkpoint"
-            )
-        own = [key for key in state_dict if key.startswith(prefix + PREFIX)]
-        tensors: dict[str, Tensor] = {key.removeprefix(prefix + PREFIX): state_dict.pop(key) for key in own}
+        meta, tensors = self._meta, self._tensors(self._meta)
+        self._meta, self._gathered = None, {}
         aliases = _aliases(model)
-        for name in meta["in_model"]:
-            stored = next((prefix + n for n in aliases.get(name, (name,)) if prefix + n in state_dict), None)
-            if stored is None:
-                raise CheckpointError(f"the checkpoint lacks {name}, which the adapter trains; it is not whole")
-            tensors[name] = state_dict[stored]
+        self._taken = {alias for name in meta["in_model"] for alias in aliases.get(name, (name,))}
         self._check_shapes(tensors)
         self.adapter.load_state_dict(AdapterState(tensors, dict(meta["adapter"])))
         self.loaded(meta["counters"])
 
-    def _check_foreign(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+    def _tensors(self, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What of a state is there, by the adapter's names."""
+        aliases, found = _aliases(self.adapter.model), {}
+        for name in meta["in_model"]:
+            stored = next((n for n in aliases.get(name, (name,)) if n in self._gathered), None)
+            if stored is not None:
+                found[name] = self._gathered[stored]
+        return found | {n: self._gathered[PREFIX + n] for n in meta["own"] if PREFIX + n in self._gathered}
+
+    def _missing(self, meta: Mapping[str, Any]) -> list[str]:
+        there = self._tensors(meta)
+        return [name for name in (*meta["in_model"], *meta["own"]) if name not in there]
+
+    def _may_be_shard(self, plain: Mapping[str, Any]) -> bool:
+        """Whether something is missing that a whole checkpoint would hold, with our state or without it."""
+        trained, aliases = set(self.adapter.state_dict().tensors), _aliases(self.adapter.model)
+        frozen = [names for names in aliases.values() if not trained & set(names)]
+        return any(not plain.keys() & set(names) for names in frozen or aliases.values())
+
+    def _check_foreign(self, plain: Mapping[str, Any]) -> None:
         """A state without ours may be a mere set of weights (an average of them, say), if it is complete."""
         aliases = _aliases(self.adapter.model)
         for entry in self.adapter.trainable():
             names = aliases.get(entry.name, ())
-            if names and not any(prefix + name in state_dict for name in names):
+            if names and not any(name in plain for name in names):
                 raise CheckpointError(
                     f"what is being loaded holds no state of trimtab and lacks {entry.name}: resume from a checkpoint "
                     "that was written with the callback, or load weights of the base before the method is attached"
@@ -116,10 +168,34 @@ class ModelState:
                 )
 
 
+def check_settings(config: Method, method: str, stored: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings of the method than a checkpoint was written with.
+
+    Raises:
+        CheckpointError: as said.
+    """
+    if method != config.name:
+        raise CheckpointError(
+            f"the checkpoint was written with the method {method}, and the model has {config.name}; attach the method "
+            "of the checkpoint"
+        )
+    ours = config.model_dump(mode="json")
+    for key in sorted(ours.keys() | stored.keys()):
+        if ours.get(key) != stored.get(key):
+            raise CheckpointError(
+                f"the checkpoint was written with {key} = {stored.get(key)!r}, and the method has {key} = "
+                f"{ours.get(key)!r}: resume with the settings of the checkpoint, or begin a new run with the others"
+            )
+
+
+def _ignore(counters: Mapping[str, Any]) -> None:
+    """Nothing follows the loading of a mere copy."""
+
+
 def _parse(text: Tensor) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads(bytes(text.cpu().tolist()))
-        if meta["format"] == FORMAT and {"method", "adapter", "in_model", "counters"} <= set(meta):
+        if meta["format"] == FORMAT and {"method", "config", "adapter", "in_model", "own", "counters"} <= set(meta):
             return meta
     except (ValueError, TypeError, KeyError):
         pass

@@ -18,7 +18,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trimtab.errors import CheckpointError, ConfigError
+from trimtab.interop.modelstate import check_settings
 from trimtab.methods.base import AdapterState, StepReport, Trainable
 from trimtab.methods.relora import ReLoRA
 from trimtab.nn.draw import stable_generator
@@ -42,6 +44,10 @@ STATE_FILE = "trimtab_restarts.safetensors"
 
 CARRY = "carry:"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+#: The live object of each model.
+_LIVE: weakref.WeakKeyDictionary[nn.Module, Callable[[], Restarts | None]] = weakref.WeakKeyDictionary()
 
 
 class Restarts:
@@ -75,6 +81,12 @@ class Restarts:
         )
         self.model = model
         self.adapter_name, layers = _plain_layers(model)
+        other = _LIVE.get(model, lambda: None)()
+        if other is not None:
+            raise ConfigError(
+                f"the PEFT model has {other!r} already, and two would both restart it: use that one, or delete it first"
+            )
+        _LIVE[model] = weakref.ref(self)
         self._layers: dict[str, Any] = layers
         self._holders = {name: holder_of(layer.get_base_layer()) for name, layer in layers.items()}
         self._last_step = 0
@@ -239,11 +251,12 @@ class Restarts:
         self._last_step, self._restart_count = int(state.meta["last_step"]), int(state.meta["restarts"])
 
     def save_state(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-        """Write the state, and JSON values beside it, as one safetensors file into an existing folder."""
+        """Write the state, and JSON values beside it, as one safetensors file into a folder, which is made."""
         state, path = self.state_dict(), Path(folder) / STATE_FILE
-        text = json.dumps({"format": 1, "meta": state.meta, "extra": dict(extra or {})}, sort_keys=True).encode()
+        text = json.dumps(_stored(self.config, state.meta, extra or {}), sort_keys=True).encode()
         temporary = path.with_suffix(".tmp")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
             write_tensors(temporary, {**state.tensors, "json": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
             os.replace(temporary, path)
@@ -255,19 +268,20 @@ class Restarts:
         """Take up what `save_state` wrote beside PEFT's adapter, which is loaded already; return the JSON values.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or belongs to another adapter than the model has now.
+            CheckpointError: the file is missing or damaged, of other settings, or of another adapter.
         """
         path = Path(folder) / STATE_FILE
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             stored = json.loads(bytes(tensors.pop("json").tolist()))
-            meta, extra = dict(stored["meta"]), dict(stored["extra"])
+            meta, extra, settings = dict(stored["meta"]), dict(stored["extra"]), dict(stored["config"])
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{path} is missing or damaged ({error}): resume from a checkpoint that was written with Restarts, and "
                 "say where it lies: TrimtabCallback(..., resume_from_checkpoint=folder)"
             ) from None
+        check_settings(self.config, self.config.name, settings)
         now = self.state_dict().tensors
         for name in (name for name in now if name.endswith((".lora_A", ".lora_B"))):
             if name in tensors and not torch.equal(tensors[name].to(now[name]), now[name]):
@@ -286,7 +300,13 @@ class Restarts:
             for layer in self._layers.values():
                 layer.lora_B[self.adapter_name].weight.zero_()
         plain: nn.Module = self.model.unload()  # type: ignore[operator]
+        _LIVE.pop(self.model, None)
         return plain
+
+
+def _stored(config: ReLoRA, meta: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file holds as JSON."""
+    return {"format": 2, "config": config.model_dump(mode="json"), "meta": dict(meta), "extra": dict(extra)}
 
 
 def _plain_layers(model: nn.Module) -> tuple[str, dict[str, Any]]:

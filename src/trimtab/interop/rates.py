@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from trimtab.errors import ConfigError
+from trimtab.errors import CheckpointError, ConfigError
 from trimtab.optim.schedule import Schedule, Shape
 
 #: What `TrainingArguments.lr_scheduler_type` may be where the callback makes the schedule, and its shape.
@@ -34,6 +34,21 @@ def schedule_of(scheduler: Any) -> Schedule | None:
     functions = getattr(scheduler, "lr_lambdas", None) or [None]
     found = getattr(functions[0], "trimtab_schedule", None)
     return found if isinstance(found, Schedule) else None
+
+
+def check_resumed(scheduler: Any, taken: int) -> None:
+    """The scheduler must have come as far as the method.
+
+    Raises:
+        CheckpointError: it has not: the checkpoint held no state of it, and none of the optimizer.
+    """
+    at = getattr(scheduler, "last_epoch", taken)
+    if at < taken and not isinstance(scheduler, ReduceLROnPlateau):  # which counts evaluations
+        raise CheckpointError(
+            f"the Trainer resumes after {taken} steps of the optimizer, and its scheduler begins at step {at}: the "
+            "checkpoint holds neither the scheduler nor the optimizer (save_only_model=True); resume from one that was "
+            "written with save_only_model=False"
+        )
 
 
 def take_over(scheduler: Any, schedule: Schedule) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -37,13 +37,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.interop.checks import check_arguments, check_optimizer
 from trimtab.interop.modelstate import ModelState
-from trimtab.interop.rates import lr_scheduler, schedule_from, schedule_of, take_over
+from trimtab.interop.peft import Restarts
+from trimtab.interop.rates import check_resumed, lr_scheduler, schedule_from, schedule_of, take_over
 from trimtab.methods import attach
 from trimtab.methods.base import Adapter, Method
 from trimtab.optim.schedule import Schedule
-
-if TYPE_CHECKING:
-    from trimtab.interop.peft import Restarts
 
 __all__ = ["TrimtabCallback", "lr_scheduler"]
 
@@ -107,6 +105,11 @@ class TrimtabCallback(TrainerCallback):
         self._config: Method | Mapping[str, Any] | None = None
         if isinstance(method, Method | Mapping):
             self._config = method
+        elif not isinstance(method, Adapter | Restarts):
+            raise ConfigError(
+                f"TrimtabCallback takes a method's config, such as trimtab.LoRA(), an attached adapter, or Restarts of "
+                f"a PEFT model; got {method!r}"
+            )
         elif attach_settings:
             raise ConfigError(
                 f"{next(iter(attach_settings))} goes with a method's config; this one is attached already"
@@ -127,6 +130,11 @@ class TrimtabCallback(TrainerCallback):
 
     def attach(self, model: nn.Module) -> Adapter | Restarts:
         """Attach to `model`, once; the Trainer's construction does it, too."""
+        if self._state is None and ModelState.of(model) is not None:
+            raise ConfigError(
+                "the model has a TrimtabCallback already, and one is the limit: give one in callbacks=[...], and the "
+                "same object to a second Trainer of this model"
+            )
         if self.adapter is None:
             if _is_peft(model):
                 raise ConfigError(
@@ -141,6 +149,10 @@ class TrimtabCallback(TrainerCallback):
             raise ConfigError(
                 f"the adapter is attached to another model than the Trainer's ({type(model).__name__}); attach it to "
                 "the object that the Trainer gets, and do not use model_init"
+            )
+        if self._merge_at_end and (why := getattr(self.adapter, "no_merge", "")):
+            raise ConfigError(
+                f"merge_at_end=True: {why}; leave it out, and save with callback.adapter.save(folder) at the end"
             )
         if self._state is None and isinstance(self.adapter, Adapter):
             self._state = ModelState(self.adapter, self._counters, self._loaded)
@@ -183,10 +195,14 @@ class TrimtabCallback(TrainerCallback):
         optimizer = _unwrap(parts["optimizer"])
         if not isinstance(self.adapter, Adapter):
             self._load_beside(args, state)
+        elif self._state is not None:
+            self._state.check_whole()
         self._check_progress(state)
         restarts = self._plan(state.max_steps)
         check_arguments(args, state, self.adapter, restarts)
         check_optimizer(self.adapter, optimizer, restarts)
+        if state.global_step:
+            check_resumed(parts["lr_scheduler"], self._taken)
         if restarts or self.adapter.config.switch_step or self._schedule is not None:
             self._set_schedule(args, state.max_steps, restarts, parts["lr_scheduler"])
         if state.global_step:
@@ -201,7 +217,13 @@ class TrimtabCallback(TrainerCallback):
             )
         if misfit := self.adapter.config.check_length(total):
             raise ConfigError(f"{misfit[0]} = {misfit[1]}")
-        return self.adapter.restarts(total, self._rewarm_steps)
+        restarts = self.adapter.restarts(total, self._rewarm_steps)
+        if not restarts and self.adapter.config.restarts(total):
+            raise ConfigError(
+                f"rewarm_steps = {self._rewarm_steps} is longer than what follows the first restart (step "
+                f"{self.adapter.config.restarts(total)[0]} of {total}), so the run would have none; make it shorter"
+            )
+        return restarts
 
     def _set_schedule(self, args: Any, total: int, restarts: tuple[int, ...], scheduler: Any) -> None:
         assert self.adapter is not None
@@ -271,10 +293,18 @@ class TrimtabCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Merge, where that was asked for."""
+        if self._state is not None:
+            self._state.check_whole()  # load_best_model_at_end has loaded another checkpoint
         if isinstance(self.adapter, Adapter) and self._merge_at_end:
             self.adapter.merge()
             if self._state is not None:
                 self._state.remove()
+        elif isinstance(self.adapter, Adapter) and self.adapter.no_merge:
+            _log.warning(
+                "the model was not merged (%s), and what trainer.save_model() writes is no plain model: save with "
+                "callback.adapter.save(folder), and load with trimtab.load_adapter",
+                self.adapter.no_merge,
+            )
         elif self.adapter is not None and any(event["event"] == "restart" for event in self.events):
             _log.warning(
                 "restarts changed the base weights, so the adapter alone does not describe the model: merge before "

@@ -294,6 +294,7 @@ class _Fill:
             # Cast after the expansion, so that the sum over the sequences of the gradient is taken in fp32.
             key, value = (s.expand(sequences, -1, -1, -1).to(dtype) for s in states[2 * pair : 2 * pair + 2])
             own.update(key, value, layer)
+        self.virtual.begin(cache)
 
 
 class _Hand:

@@ -8,6 +8,7 @@ they stand before the encoder's tokens, and the decoder reads them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -101,7 +102,8 @@ class PromptTuningAdapter(SoftPromptAdapter):
         if self.config.init == "random":
             return {SAVED: torch.randn(length, width, generator=generator, device="cpu")}
         if self.config.init == "text":
-            ids = torch.tensor(self._text_ids(words)).repeat(-(-length // len(self._text_ids(words))))[:length]
+            text = self._text_ids(words)
+            ids = torch.tensor(text).repeat(-(-length // len(text)))[:length]
         else:
             ids = torch.randint(words, (length,), generator=generator, device="cpu")
         with torch.no_grad():
@@ -171,6 +173,8 @@ class _Splice:
         self.virtual.check_length(held + tokens if held else self.virtual.length + tokens)
         first = held == 0
         if first:
+            if not self.keep:
+                self.virtual.begin(call.get("past_key_values"))
             embeds = call.get("inputs_embeds")
             if embeds is None:
                 table = input_embeddings(module)
@@ -192,6 +196,7 @@ class _Splice:
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self.keep or not self._spliced:
             return output
+        self.virtual.begin(getattr(output, "past_key_values", None))
         p = self.virtual.length
         if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
             raise ConfigError(
@@ -228,8 +233,16 @@ class _Widen:
 def _tokenized(text: str, tokenizer: str) -> list[int]:
     from transformers import AutoTokenizer
 
+    folder = Path(tokenizer).expanduser()
+    path = folder.is_absolute() or tokenizer.startswith(".") or tokenizer.count("/") > 1
+    if path and not folder.is_dir():
+        raise ConfigError(
+            f"tokenizer = {tokenizer!r} cannot be loaded: there is no such folder; give a folder with a "
+            "tokenizer.json, a name on the hub (owner/name), or token ids as text"
+        )
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+        # Code that comes with a tokenizer is never run.
+        loaded: Any = AutoTokenizer.from_pretrained(str(folder) if path else tokenizer, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"tokenizer = {tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     return list(loaded(text)["input_ids"])

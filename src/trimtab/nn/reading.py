@@ -7,9 +7,14 @@ That x is the same is told by the tensor object itself, its version (which every
 storage; an address alone may belong to another tensor by now. Only a weak reference to x is held, and u is
 dropped when x dies. While x lives, u is dropped after the last reader: who reads after whom is learnt from the
 forwards so far. A forward that goes another way, stops in the middle or runs in another thread therefore costs a
-product at most, and never gives a wrong u: what is learnt decides when u is dropped, not whether it is right.
+product at most, and gives no wrong u: what is learnt decides when u is dropped, not whether it is right.
 
-Inference tensors have no versions, so nothing is shared in inference mode. Code under torch.compile does not come
+The limit is a write past autograd between two readers of one x: `x.data.mul_(2)`, a kernel that writes through the
+address. It raises no version, so the readers after it get the u of before. Autograd's own saved tensors miss such
+writes, too; write to x itself, under `torch.no_grad()` if need be.
+
+Inference tensors have no versions, and the tensors of torch.func's transforms no storage, so nothing is shared in
+inference mode and under those. Code under torch.compile does not come
 here; there the compiler's common-subexpression elimination shares u.
 """
 
@@ -76,7 +81,7 @@ def share(
         reader: the name of the reading layer.
         followers: by the name of the layer that reads an input first, the layers that read it after; filled here.
     """
-    if torch.is_inference_mode_enabled() or x.is_inference():
+    if torch.is_inference_mode_enabled() or x.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return make()
     readings = _READINGS.by_id
     reading = readings.get(id(x))

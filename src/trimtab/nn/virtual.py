@@ -10,6 +10,7 @@ the call comes from `model(**batch)`, from `generate()` or from a loop that call
 from __future__ import annotations
 
 import inspect
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,6 +104,13 @@ class VirtualTokens:
         self.length = length
         self.limit = limit
         self.causal = causal
+        # A string, so that copies and pickles of the model and of its caches still know each other.
+        self._mark = uuid.uuid4().hex
+
+    def begin(self, cache: Any) -> None:
+        """Mark a cache that begins with these virtual tokens; its length alone would not tell it from another."""
+        if cache is not None:
+            cache.trimtab_virtual_tokens = self._mark
 
     def cached(self, call: Mapping[str, Any], tokens: int) -> int:
         """Positions that the call's cache holds, virtual ones among them.
@@ -121,9 +129,11 @@ class VirtualTokens:
         held = int(cache.get_seq_length())
         mask = call.get("attention_mask")
         spoken = mask.shape[-1] if isinstance(mask, Tensor) else None
-        if held and (held < self.length or (spoken is not None and spoken + self.length != held + tokens)):
+        ours = getattr(cache, "trimtab_virtual_tokens", None) == self._mark and held >= self.length
+        if held and (not ours or (spoken is not None and spoken + self.length != held + tokens)):
             raise ConfigError(
-                f"past_key_values holds {held} positions and the call brings {tokens} tokens with a mask of {spoken}: "
+                f"past_key_values holds {held} positions and the call brings {tokens} tokens with "
+                f"{'no mask' if spoken is None else f'a mask of {spoken}'}: "
                 f"the cache was not made with the {self.length} virtual tokens of this adapter before its tokens; "
                 "begin with an empty cache while the adapter is on"
             )
