@@ -286,7 +286,7 @@ def test_a_restart_that_cannot_be_whole_does_nothing(reset: str, wrong: str) -> 
         optimizer.step()
     before, sums = copy.deepcopy(model.state_dict()), exact_sums(adapter)
     adapter._last_step = 1
-    with pytest.raises(trimtab.TrimtabError, match="the optimizer (reset|has none)"):
+    with pytest.raises(trimtab.TrimtabError, match=r"the optimizer (reset|has none)"):
         adapter.after_step(2, optimizer)
     now = exact_sums(adapter)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
