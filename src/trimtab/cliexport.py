@@ -211,6 +211,9 @@ def _gguf(folder: Path, source: str, out: Path, base: str | None, dtype: Dtype |
     if base is not None:
         raise ConfigError(f"--base goes with an adapter folder, and {source} holds no {CONFIG_FILE}")
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        from trimtab.export.sources import refuse_unmerged
+
+        refuse_unmerged(folder, "a file for llama.cpp would hold the base alone and leave the adapter out")
         source = str(folder / "model")
     tensors = export_model(source, out, _torch_dtype(dtype))
     typer.echo(f"{out}: a model of {tensors:,} tensors")
