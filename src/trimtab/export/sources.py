@@ -147,7 +147,7 @@ def find_update(source: str, base: str | None) -> Update:
             f"{source} has no model/ yet, since the run has not ended; go on with trimtab pretrain --resume {source}"
         )
     if config is not None:
-        refuse_unmerged(run, "model/ is the base alone, and its update is in no weight that a LoRA could stand for")
+        refuse_unmerged(run, "model/ lacks it, and no LoRA could stand for it")
     checkpoint = open_checkpoint(source if config is None else str(run / "model"))
     model = meta_model(checkpoint.folder, checkpoint.name)
     end = InCheckpoint(checkpoint, model)
