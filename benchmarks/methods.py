@@ -262,7 +262,17 @@ def quantised(shape: Shape, bitsandbytes: bool) -> Any:
 
 
 def costs_apart(name: str, sequences: int, options: argparse.Namespace) -> Costs:
-    """The costs of a row, measured in a process of its own."""
+    """The costs of a row, measured in a process of its own; or as `--costs` has them from before."""
+    known = json.loads(options.costs.read_text()) if options.costs and options.costs.exists() else {}
+    key = f"{name} at {sequences} sequences"
+    if key not in known:
+        known[key] = asdict(measured_costs(name, sequences, options))
+        if options.costs:
+            options.costs.write_text(json.dumps(known, indent=1))
+    return Costs(**known[key])
+
+
+def measured_costs(name: str, sequences: int, options: argparse.Namespace) -> Costs:
     print(f"measuring the costs of {name}", file=sys.stderr)
     script = [Path(__file__).resolve(), "--row", name, "--sequences", str(sequences)]
     _, printed = peak_resident([*script, *(["--quick"] if options.quick else [])])
@@ -272,6 +282,8 @@ def costs_apart(name: str, sequences: int, options: argparse.Namespace) -> Costs
 def step_table(names: list[tuple[str, str | None]], shape: Shape, rank: int, options: argparse.Namespace) -> str:
     """A line for each row, with the ratio of its time and peak to those of the row it is compared with."""
     costs = {name: costs_apart(name, shape.sequences, options) for name, _ in names}
+    if options.costs_alone:
+        return "timed nothing"
     print(f"timing {options.rounds} rounds after a warm-up", file=sys.stderr)
     programs = {name: Row(name, shape, rank).step for name, _ in names}
     clock = time.process_time if options.cpu_time else time.perf_counter
@@ -311,6 +323,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="toy shapes in one round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of one thread instead of wall time")
+    parser.add_argument("--costs", type=Path, help="a JSON file that keeps peak bytes and FLOPs from run to run")
+    parser.add_argument("--costs-alone", action="store_true", help="fill that file, and time nothing")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--sequences", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -53,6 +53,16 @@ def test_peft_reads_our_folder(family: str, config: str, tmp_path: Path) -> None
     assert torch.allclose(logits(theirs, token_ids()), logits(model, token_ids()), atol=1e-5)
 
 
+def test_the_order_of_patterns_is_kept(tmp_path: Path) -> None:
+    """The first that matches counts, so a file that put them in order of their names would be another adapter."""
+    patterns = {"self_attn.q_proj": 64.0, ".*_proj": 4.0}
+    model, adapter = trained("llama", trimtab.LoRA(rank=4, alpha_pattern=patterns))
+    adapter.save(tmp_path)
+    fresh = MODELS["llama"]()
+    trimtab.load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh, token_ids()), logits(model, token_ids()))
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_we_read_a_peft_folder(rslora: bool, tmp_path: Path) -> None:
     """A LoRA that peft made and saved gives the same logits here."""

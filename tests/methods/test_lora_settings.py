@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +110,21 @@ def test_pissa_of_a_broken_weight_is_refused_before_anything_changes() -> None:
     attached(model, trimtab.LoRA(rank=4)).detach()
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_pissa_whose_base_cannot_be_kept_leaves_the_model_free(dora: bool, tmp_path: Path) -> None:
+    """A folder that cannot be made stops it before a layer is adapted, and another adapter can come."""
+    (tmp_path / "file").write_text("")
+    model = tiny_llama()
+    before, ids = copy.deepcopy(model), token_ids()
+    with pytest.raises(trimtab.CheckpointError, match=r"keep_base: .* cannot be written"):
+        attached(model, trimtab.LoRA(rank=4, init="pissa", dora=dora), keep_base=tmp_path / "file" / "folder")
+    assert same(model, before) and [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert not trimtab.adapters(model) and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(logits(model, ids), logits(before, ids))
+    attached(model, NEAR["pissa"], keep_base=tmp_path / "folder").detach()
+    assert same(model, before)
+
+
 def test_dora_trains_one_length_a_row() -> None:
     """The lengths start as the rows' norms, train, and are what the merged rows have."""
     model = tiny_gpt2()
@@ -196,6 +214,14 @@ def test_patterns_give_layers_their_own_rank_and_alpha() -> None:
     assert trimtab.LoRA(rank=2, rank_pattern={"q_proj": 9}).update_rank == 9
     root = attached(tiny_llama(), config.model_copy(update={"rslora": True})).layers
     assert root[first].scale == 16.0
+
+
+@pytest.mark.parametrize("method", [trimtab.LoRA, partial(trimtab.ReLoRA, restart_every=2)])
+def test_configs_are_hashable(method: Callable[..., trimtab.LoRA]) -> None:
+    """Equal ones, patterns in another order among them, have one hash."""
+    patterns = {"q_proj": 2, "k_proj": 4}
+    a, b = method(rank_pattern=patterns), method(rank_pattern=dict(reversed(patterns.items())))
+    assert a == b and hash(a) == hash(b) and len({a, b, method(), method(alpha_pattern={"q": 1.0})}) == 3
 
 
 EMBED = ("embed_tokens", "q_proj")

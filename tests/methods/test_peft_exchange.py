@@ -157,6 +157,39 @@ def test_we_read_what_peft_saves(family: str, name: str, tmp_path: Path) -> None
     assert close(answer(back, ids), now)
 
 
+#: Fields that PEFT takes: entries that match nothing, negative scales, and regular expressions.
+ODD: dict[str, dict[str, Any]] = {
+    "idle patterns": {"rank_pattern": {"nope": 3, "q_proj": 2}, "alpha_pattern": {"none_such": 1.0}},
+    "shadowed pattern": {"alpha_pattern": {r"layers\..*q_proj": 5, "q_proj": 7}},
+    "negative": {"lora_alpha": -12, "alpha_pattern": {"up_proj": 5}},
+    "negative pattern": {"use_rslora": True, "alpha_pattern": {"up_proj": -5}},
+    "negative dora": {"use_dora": True, "lora_alpha": -12},
+    "negative embedding": {"lora_alpha": -12, "target_modules": ["embed_tokens", "up_proj"]},
+    "excluded by a pattern": {"exclude_modules": r".*\.1\..*(q|up)_proj"},
+    "both patterns": {"exclude_modules": r".*\.1\..*", "target_modules": r".*q_proj|.*up_proj"},
+    "idle exclusion": {"exclude_modules": ["nope", "0.self_attn.q_proj"]},
+    "idle target": {"target_modules": ["q_proj", "query", "up_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("ignore")
+def test_we_read_what_peft_takes_and_we_do_not(name: str, tmp_path: Path) -> None:
+    """Where a file's meaning is clear it is read: the same logits, from the folder, and from what we save of it."""
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    theirs = moved(peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings | ODD[name])))
+    theirs.save_pretrained(str(tmp_path / "a"))
+    ids = token_ids()
+    now = answer(theirs, ids)
+    model = tiny_llama()
+    assert (now - logits(model, ids)).norm() > 1e-2 * now.norm()
+    adapter = trimtab.load_adapter(model, tmp_path / "a")
+    assert close(logits(model, ids), now)
+    adapter.save(tmp_path / "b")
+    back = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "b"))
+    assert close(answer(back, ids), now)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_we_read_peft_pissa(tmp_path: Path) -> None:
     """A PiSSA that PEFT saved as it is is decomposed here as there; what we save of it needs no decomposition."""
@@ -232,7 +265,12 @@ CHANGED: dict[str, dict[str, Any]] = {
     r"layer_replication = \[\[0, 1\]\] is not": {"layer_replication": [[0, 1]]},
     r"target_parameters = \['x'\] is not": {"target_parameters": ["x"]},
     r"trainable_token_indices = \[1\] is not": {"trainable_token_indices": [1]},
-    r"exclude_modules = '.\*v' is not supported": {"exclude_modules": ".*v"},
+    r"exclude_modules = '.\*v' is not supported": {"exclude_modules": ".*v", "target_modules": "all-linear"},
+    r"exclude_modules = 7 in its config is not a text": {"exclude_modules": 7},
+    r"exclude_modules = '\(v' is no regular": {"exclude_modules": "(v"},
+    r"lora_alpha = 0 gives no update": {"lora_alpha": 0},
+    r"lora_alpha = 'two' in its config is not a number": {"lora_alpha": "two"},
+    r"alpha_pattern\['q_proj'\] = 0.0 gives no update": {"alpha_pattern": {"q_proj": 0.0}},
     r"init_lora_weights = 'olora' replaced the base": {"init_lora_weights": "olora"},
     r"init_lora_weights = 'pissa_niter_4' replaced": {"init_lora_weights": "pissa_niter_4"},
     r"lacks lora_alpha": {"lora_alpha": ...},
@@ -269,12 +307,15 @@ def test_a_changed_config_is_refused(folder: Path, message: str, tmp_path: Path)
         ("drop", r"lacks model.layers.1.self_attn.q_proj.lora_B"),
         ("add", r"has, but the model lacks, model.layers.7.*lora_A"),
         ("shape", r"lora_B is \(31, 2\) in the file and \(32, 2\) in the model"),
+        ("nan", r"damaged: model.layers.1.self_attn.q_proj.lora_B.weight is not finite"),
+        ("inf", r"damaged: model.layers.1.self_attn.q_proj.lora_B.weight is not finite"),
+        ("integers", r"damaged: model.layers.1.self_attn.q_proj.lora_B.weight is int32"),
         ("table", r"brings model.embed_tokens.base_layer.weight, which is not the model's"),
         ("sample", "damaged"),
     ],
 )
 def test_changed_tensors_are_refused(folder: Path, change: str, message: str, tmp_path: Path) -> None:
-    """A cut or overwritten file, a tensor too few, too many or of another shape, and another table."""
+    """A cut or overwritten file, a tensor too few, too many, of another shape or no numbers, and another table."""
     shutil.copytree(folder, tmp_path / "a")
     file, prefix = tmp_path / "a/adapter_model.safetensors", "base_model.model.model."
     raw, tensors = file.read_bytes(), load_file(file)
@@ -292,6 +333,10 @@ def test_changed_tensors_are_refused(folder: Path, change: str, message: str, tm
             tensors[f"{prefix}layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 32)
         elif change == "shape":
             tensors[key] = tensors[key][:31].contiguous()
+        elif change == "integers":
+            tensors[key] = tensors[key].to(torch.int32)
+        elif change in ("nan", "inf"):
+            tensors[key][0, 1] = float(change)
         else:
             tensors[f"{prefix}embed_tokens.base_layer.weight"] = torch.zeros(97, 32)
         save_file(tensors, file)

@@ -80,6 +80,15 @@ def nan(model: nn.Module) -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
 
 
+def beyond_fp32(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.double().model.layers[1].mlp.up_proj.weight[0, 0] = 1e300
+
+
+def in_training(model: nn.Module) -> None:
+    loss_of(model, token_ids()).backward()
+
+
 def frozen_part(model: nn.Module) -> None:
     for parameter in model.model.layers[0].parameters():
         parameter.requires_grad_(False)
@@ -99,21 +108,28 @@ def half_done(model: nn.Module) -> None:
         (None, {"skip": "q_proj"}, TargetError, "give a list"),
         (None, {"skip": ["mlp.gate_proj", "proj"]}, TargetError, "'proj' matches no"),
         (nan, {}, ConfigError, "layers.1.mlp.up_proj.weight has an entry that is not finite"),
+        (beyond_fp32, {}, ConfigError, r"layers.1.mlp.up_proj.weight .* not finite in fp32 \(1e\+300\).*skip="),
+        (in_training, {}, ConfigError, "layers.0.self_attn.q_proj.weight trains .it has a gradient.*zero_grad"),
         (frozen_part, {}, ConfigError, "layers.1.self_attn.q_proj.weight trains while other layers are frozen"),
         (half_done, {}, TargetError, "quantised already"),
     ],
 )
 def test_what_cannot_be_is_refused_and_the_model_stays(
-    prepare: Callable[[nn.Module], None] | None, options: dict[str, object], error: type[Exception], says: str
+    prepare: Callable[[nn.Module], None] | None,
+    options: dict[str, object],
+    error: type[Exception],
+    says: str,
+    tmp_path: Path,
 ) -> None:
-    """Each wrong call is one clear error, and leaves tensors, classes and requires_grad as they were."""
+    """Each wrong call is one clear error, and leaves tensors, classes, requires_grad and the disk as they were."""
     model = tiny_llama()
     if prepare is not None:
         prepare(model)
     before = everything(model)
     with pytest.raises(error, match=says):
-        trimtab.quantize(model, **options)  # type: ignore[arg-type]
+        trimtab.quantize(model, master=tmp_path / "masters", **options)  # type: ignore[arg-type]
     after = everything(model)
+    assert not list(tmp_path.rglob("*.fp32"))
     if prepare is nan:
         name = "model.layers.1.mlp.up_proj.weight"
         assert before.pop(name)[1:] == after.pop(name)[1:]
@@ -161,6 +177,26 @@ def test_dequantising_gives_plain_layers(family: str, master: str | None) -> Non
         torch.testing.assert_close(logits(model, ids), outputs, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match="no quantised layer"):
         trimtab.dequantize(model)
+
+
+def test_after_training_a_model_can_be_quantised() -> None:
+    """A weight whose gradient is gone, or that was frozen since, is taken."""
+    for end in (lambda model: model.zero_grad(), lambda model: model.requires_grad_(False)):
+        model = tiny_llama()
+        in_training(model)
+        end(model)
+        assert len(trimtab.quantize(model)) == 14
+
+
+def test_the_largest_weights_of_fp32_have_finite_scales() -> None:
+    """The mean of scales is taken even where their sum is beyond fp32."""
+    model = nn.Sequential(nn.Linear(64, 8))
+    with torch.no_grad():
+        model[0].weight.sign_().mul_(3e38)
+    weight = model[0].weight.detach().clone()
+    trimtab.quantize(model, double=True)
+    layer = packed(model)["0"]
+    torch.testing.assert_close(layer.holder.rows(layer.weight, slice(None)), weight)
 
 
 def test_a_model_without_linears_is_refused() -> None:
@@ -257,6 +293,34 @@ def test_a_quantised_bf16_model_merges_to_bf16() -> None:
     trimtab.attach(model, trimtab.LoRA(rank=4)).merge()
     assert not packed(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_merging_trained_biases_leaves_plain_layers(family: str) -> None:
+    """Biases that train on a 4-bit bf16 base: after merge() the layers have what plain ones have, and no more."""
+    model = MODELS[family]().to(torch.bfloat16)
+    plain = {name: (type(module), set(module.__dict__)) for name, module in model.named_modules()}
+    names = trimtab.quantize(model)
+    adapter = trimtab.attach(model, trimtab.BitFit())
+    assert any(model.get_submodule(name).bias.dtype == torch.float32 for name in names)
+    adapter.merge()
+    found = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules() if name in names}
+    assert found == {name: plain[name] for name in names}
+
+
+@pytest.mark.parametrize("where", ["host", "file"])
+def test_a_merge_after_loading_other_codes_is_a_merge_into_them(where: str, tmp_path: Path) -> None:
+    """load_state_dict of another quantised model, then merge(): the dense weights are the loaded ones."""
+    model, other = (tiny_llama() for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5).add_(0.01)
+    trimtab.quantize(model, master="host" if where == "host" else tmp_path / "m")
+    trimtab.quantize(other)
+    model.load_state_dict(other.state_dict())
+    expected = logits(other, token_ids())
+    trimtab.attach(model, trimtab.LoRA(rank=2)).merge()
+    torch.testing.assert_close(logits(model, token_ids()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_merging_into_4_bits_is_refused_where_it_would_be_lost() -> None:

@@ -102,6 +102,73 @@ def test_settings_of_the_load_reach_the_layers(tmp_path: Path) -> None:
         trimtab.load_quantized(folder, "int3")
 
 
+def test_settings_of_a_saved_model_come_back(tmp_path: Path) -> None:
+    """compute_dtype and min_kept are stored; the load's own win, and older folders have the defaults."""
+    model = tiny_llama()
+    trimtab.quantize(model, compute_dtype=torch.bfloat16, min_kept=0.2)
+    trimtab.save_quantized(model, tmp_path / "q")
+
+    def found(**options: object) -> tuple[object, float]:
+        holder = trimtab.load_quantized(tmp_path / "q", **options).model.layers[1].mlp.up_proj.holder  # type: ignore[arg-type]
+        return holder.compute, holder.min_kept
+
+    assert found() == (torch.bfloat16, 0.2)
+    assert found(compute_dtype=torch.float64, min_kept=0.0) == (torch.float64, 0.0)
+    again = trimtab.load_quantized(tmp_path / "q")
+    assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
+    tampered(tmp_path / "q", lambda said: [(d.pop("compute"), d.pop("min_kept")) for d in said["layers"].values()])
+    assert found() == (None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": torch.int8}, "dtype = torch.int8 is no floating dtype"),
+        ({"dtype": "bf16"}, "dtype = 'bf16' is no floating dtype"),
+        ({"device": "nowhere"}, "device = 'nowhere' cannot be used"),
+        ({"model_class": AutoModelForCausalLM}, "model_class = .*is no model class"),
+    ],
+)
+def test_a_wrong_setting_of_the_load_is_one_clear_error(options: dict[str, object], says: str, tmp_path: Path) -> None:
+    """The setting, its value and what is wrong with it, before a file is read; no master's file is left."""
+    folder = stored(tmp_path)
+    with pytest.raises(ConfigError, match=says) as info:
+        trimtab.load_quantized(folder, master=tmp_path / "m", **options)  # type: ignore[arg-type]
+    assert "\n" not in str(info.value) and not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("named", ["AutoModel", "set_seed", "Trainer", "pipeline", "__name__"])
+def test_only_model_classes_are_called(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else of transformers a config names is not called."""
+    called: list[object] = []
+    if named == "set_seed":
+        monkeypatch.setattr("transformers.set_seed", called.append)
+    folder = stored(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [named]}))
+    with pytest.raises(ConfigError, match=rf"architectures = \['{named}'\] in config.json is no model class"):
+        trimtab.load_quantized(folder)
+    assert not called
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_are_refused(value: float, double: bool, tmp_path: Path) -> None:
+    """A damaged scale is a CheckpointError that names the layer; no master's file is left behind."""
+    model = tiny_llama()
+    trimtab.quantize(model, double=double)
+    layer = model.model.layers[1].mlp.up_proj
+    for name in layer.scale_names[-2:]:
+        before = getattr(layer, name).clone()
+        if before.is_floating_point():
+            getattr(layer, name).view(-1)[-1] = value
+            trimtab.save_quantized(model, tmp_path / name)
+            with pytest.raises(CheckpointError, match=r"scales of model.layers.1.mlp.up_proj are not finite"):
+                trimtab.load_quantized(tmp_path / name, master=tmp_path / "m")
+            getattr(layer, name).copy_(before)
+    assert len(list(tmp_path.glob("absmax*"))) == 1 + double and not list(tmp_path.rglob("*.fp32"))
+
+
 def test_a_quantised_folder_can_begin_a_master(tmp_path: Path) -> None:
     """Its master begins with what the codes decode to."""
     model = tiny_llama()
@@ -192,6 +259,9 @@ def tampered(folder: Path, edit: object) -> None:
         (lambda said: said["layers"].update({"model.no_such": {}}), "model.no_such, which the model does not have"),
         (lambda said: said["layers"]["model.layers.0.mlp.up_proj"].pop("dtype"), "does not say how"),
         (lambda said: said["layers"]["model.layers.0.mlp.up_proj"].update(dtype="save"), "does not say how"),
+        (lambda said: said["layers"]["model.layers.0.mlp.up_proj"].update(compute="int8"), "does not say how"),
+        (lambda said: said["layers"]["model.layers.0.mlp.up_proj"].update(min_kept="all"), "does not say how"),
+        (lambda said: said["layers"]["model.layers.0.mlp.up_proj"].update(min_kept=None), "does not say how"),
         (lambda said: said["layers"]["model.layers.0.mlp.up_proj"].update(double=False), "does not store .*absmax"),
         (
             lambda said: said["layers"].pop("model.layers.0.mlp.up_proj"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from models_for_tests import logits, tiny_llama, token_ids, train
 from torch import Tensor, nn
 
+import trimtab
 from trimtab.nn.adapted import dress, undress
 from trimtab.nn.dora import DoRAMixin, _DoRAFunction, dora_linear, row_norms, row_squares
 from trimtab.nn.weights import Dense
@@ -164,3 +168,51 @@ def test_bf16_results_are_near_float64() -> None:
     for ours, exact in zip((y, *(t.grad for t in leaves)), (truth, *(t.grad for t in wide)), strict=True):
         assert ours is not None and exact is not None
         assert (ours.double() - exact).norm() < 0.01 * exact.norm()
+
+
+def replaced(model: nn.Module, other: nn.Module, how: str) -> None:
+    """Let `model` have the base weights of `other`."""
+    new, named = other.state_dict(), dict(model.named_parameters())
+    if how == "load":
+        model.load_state_dict(new, strict=False)
+    elif how == "assign":
+        model.load_state_dict({k: v.clone() for k, v in new.items()}, strict=False, assign=True)
+    for name, value in new.items() if how in ("data", "copy") else ():
+        if how == "data":
+            named[name].data = value.clone()
+        else:
+            with torch.no_grad():
+                named[name].copy_(value)
+
+
+@pytest.mark.parametrize("how", ["load", "assign", "data", "copy"])
+def test_another_base_has_other_row_norms(how: str) -> None:
+    """Whichever way the base is replaced, the layers give what freshly dressed ones give on that base."""
+    model, other, ids = tiny_llama(), tiny_llama(seed=1), token_ids()
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=4, dora=True))
+    train(model, adapter, torch.optim.AdamW(adapter.parameter_groups(lr=1e-2)), range(1, 4))
+    logits(model, ids)
+    state = adapter.state_dict()
+    wanted = trimtab.attach(copy.deepcopy(other), trimtab.LoRA(rank=4, dora=True))
+    wanted.load_state_dict(state)
+    replaced(model, other, how)
+    assert torch.equal(logits(model, ids), logits(wanted.model, ids))
+
+
+@pytest.mark.parametrize("how", ["load", "codes"])
+def test_other_codes_have_other_row_norms(how: str) -> None:
+    """Of a 4-bit base, too, whose values are codes and scales."""
+    models, ids = [tiny_llama(), tiny_llama(seed=1)], token_ids()
+    for model in models:
+        trimtab.quantize(model, "nf4")
+    plain = copy.deepcopy(models[1].state_dict())
+    adapters = [trimtab.attach(model, trimtab.LoRA(rank=4, dora=True)) for model in models]
+    adapters[1].load_state_dict(adapters[0].state_dict())
+    logits(models[0], ids)
+    if how == "load":
+        models[0].load_state_dict(plain, strict=False)
+    else:
+        held = {**dict(models[0].named_parameters()), **dict(models[0].named_buffers())}
+        for name, value in plain.items():
+            held[name].data.copy_(value) if value.dtype.is_floating_point else held[name].copy_(value)
+    assert torch.equal(logits(models[0], ids), logits(models[1], ids))

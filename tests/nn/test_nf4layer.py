@@ -16,6 +16,7 @@ from trimtab.errors import CheckpointError, ConfigError
 from trimtab.nn import nf4, nf4layer
 from trimtab.nn.nf4layer import NF4Linear
 from trimtab.nn.packing import dequantize_layer, new_master, pack
+from trimtab.nn.precision import hold
 from trimtab.nn.weights import holder_of, shape_of
 
 IN, OUT = 200, 96
@@ -60,6 +61,25 @@ def test_it_computes_with_the_decoded_weight(
     torch.testing.assert_close(x.grad.reshape(-1, IN), flat @ weight)
     torch.testing.assert_close(module.bias.grad, flat.sum(0, dtype=torch.float32), rtol=1e-2, atol=1e-2)
     assert module.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("size", [(192, 96), (4096, 11008)])
+def test_a_piece_may_be_one_block_of_columns(
+    size: tuple[int, int], double: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The input's gradient is right where a piece of columns is one block wide, as the last of 4096 x 11008 is."""
+    columns, rows = size
+    if columns == 192:
+        monkeypatch.setattr(nf4layer, "_PIECE_CPU", nf4.BLOCK * rows)
+    module = nn.Linear(columns, rows, bias=False)
+    pack(module, double=double)
+    pieces = list(nf4layer._pieces(columns, rows, nf4.BLOCK, torch.device("cpu")))
+    assert len(pieces) > 1 and pieces[-1].stop - pieces[-1].start == nf4.BLOCK
+    g = torch.randn(3, rows).to(dtype)
+    found, expected = module.holder.grad_input(module.weight, g), g @ dense(module, dtype)
+    assert (found - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.abs().max()
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -153,6 +173,21 @@ def test_it_becomes_a_plain_layer_and_back(conv: bool) -> None:
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
 
 
+@pytest.mark.parametrize("conv", [False, True])
+def test_widening_a_held_layer_leaves_nothing_behind(conv: bool) -> None:
+    """A layer whose bias trains in fp32 widens to a plain one without a trace; undone, it is held again."""
+    module = layer(conv=conv).to(torch.bfloat16)
+    plain = (Conv1D(OUT, IN) if conv else nn.Linear(IN, OUT)).__dict__.keys()
+    module.bias.data = module.bias.data.float()
+    hold(module, torch.bfloat16)
+    x = torch.randn(4, IN, dtype=torch.bfloat16)
+    y, kind = module(x), type(module)
+    undo = dequantize_layer(module)
+    assert type(module) is (Conv1D if conv else nn.Linear) and module.__dict__.keys() == plain
+    undo()
+    assert type(module) is kind and module.trimtab_dtype == torch.bfloat16 and torch.equal(module(x), y)
+
+
 def test_folding_happens_before_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """`fold` sees float64 rows, block by block, and what it returns is rounded once."""
     monkeypatch.setattr(nf4layer, "MERGE_CHUNK", 7 * IN)
@@ -243,6 +278,27 @@ def test_a_stored_master_goes_only_where_there_is_one() -> None:
         full.holder.rows(full.weight, slice(None))
     full.holder.carry = replacement
     assert full.holder.carry is master and torch.equal(full.holder.rows(full.weight, slice(None)), replacement)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_master_follows_codes_that_are_loaded(double: bool) -> None:
+    """Loading another layer's codes restarts the master from them; loading its own leaves it alone, bit for bit."""
+    whole = slice(None)
+    module, other = (layer(double=double, seed=seed, master=new_master("host", "x", (OUT, IN))) for seed in (0, 1))
+    own = module.holder.carry.clone()
+    module.load_state_dict(module.state_dict())
+    assert torch.equal(module.holder.rows(module.weight, whole), own)
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module.holder.rows(module.weight, whole), dense(other))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_master_in_place_before_its_codes_stays(double: bool) -> None:
+    """As in a Trainer's checkpoint: the adapter's state brings the masters, and then the codes are loaded."""
+    module, other = (layer(double=double, seed=seed, master=new_master("host", "x", (OUT, IN))) for seed in (0, 1))
+    module.holder.carry = other.holder.carry
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module.holder.carry, other.holder.carry)
 
 
 def test_it_compiles_without_a_graph_break() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from models_for_tests import logits, tiny_gpt2, tiny_llama, tiny_mlp, tiny_t5, t
 from transformers import GPT2LMHeadModel
 
 import trimtab
+from trimtab.methods.lora import LoRAAdapter
 
 
 def test_untie_and_back() -> None:
@@ -90,3 +92,32 @@ def test_detach_ties_again() -> None:
         trimtab.attach(model, trimtab.LoRA(rank=33, untie=True))
     assert model.lm_head.weight is model.transformer.wte.weight and model.config.tie_word_embeddings
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_is_tied_again_by_itself(how: str) -> None:
+    """A parted model can be copied and stored, and a detach concerns the model that it is called on alone."""
+    model, ids = tiny_gpt2(), token_ids()
+    base = logits(model, ids)
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=4, targets=["wte"], untie=True))
+    train(model, adapter, torch.optim.AdamW(adapter.parameter_groups(lr=1e-2)), range(1, 3))
+    now = logits(model, ids)
+    again = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again, ids), now)
+    copied = trimtab.adapters(again)["default"]
+    assert isinstance(copied, LoRAAdapter) and copied.model is again and copied.parted is not None
+    copied.parted.tie(copied.model)  # the last act of a detach
+    assert again.lm_head.weight is again.transformer.wte.weight and again.config.tie_word_embeddings
+    assert torch.equal(logits(model, ids), now) and not model.config.tie_word_embeddings
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    adapter.detach()
+    assert model.lm_head.weight is model.transformer.wte.weight and torch.equal(logits(model, ids), base)
+
+
+def test_what_ties_again_can_be_copied_with_its_model() -> None:
+    """Also what `trimtab.untie` returns."""
+    model = tiny_gpt2()
+    other, tie_other = copy.deepcopy((model, trimtab.untie(model)))
+    tie_other()
+    assert other.lm_head.weight is other.transformer.wte.weight
+    assert model.lm_head.weight is not model.transformer.wte.weight

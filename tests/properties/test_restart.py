@@ -264,6 +264,37 @@ def test_after_step_counts_completed_steps_once() -> None:
     assert adapter.after_step(4, optimizer).events[0]["restart"] == 1
 
 
+@pytest.mark.parametrize("reset", ["drop", "magnitude", "random"])
+@pytest.mark.parametrize("wrong", ["momentum", "stranger", "ratio"])
+def test_a_restart_that_cannot_be_whole_does_nothing(reset: str, wrong: str) -> None:
+    """An optimizer that cannot be reset is refused before the base is written into, and another one can restart."""
+    if (reset, wrong) == ("drop", "ratio"):
+        return  # nothing is rounded there
+    model, adapter = started("bf16", every=2, reset=reset, reset_ratio=0.001 if wrong == "ratio" else 0.9)
+    groups = adapter.parameter_groups(lr=1e-3)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups)
+    if wrong == "momentum":
+        optimizer = torch.optim.SGD(groups, momentum=0.9)
+    elif wrong == "stranger":
+        other = nn.Parameter(torch.ones(3))
+        other.grad = torch.ones(3)
+        optimizer = torch.optim.AdamW([other])
+        optimizer.step()
+    stir(adapter, 1e-2)
+    if wrong != "stranger":
+        loss_of(model, token_ids()).backward()
+        optimizer.step()
+    before, sums = copy.deepcopy(model.state_dict()), exact_sums(adapter)
+    adapter._last_step = 1
+    with pytest.raises(trimtab.TrimtabError, match="the optimizer (reset|has none)"):
+        adapter.after_step(2, optimizer)
+    now = exact_sums(adapter)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(now[name], value) for name, value in sums.items())
+    assert adapter._meta()["restarts"] == 0 and all(layer.base.carry is None for layer in adapter.layers.values())
+    assert len(adapter.after_step(2, torch.optim.AdamW(adapter.parameter_groups(lr=1e-3))).events) == 1
+
+
 def test_a_restart_writes_no_second_copy_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fp32 work space of a merge is bounded by the block size, whatever the weight's size."""
     import trimtab.nn.weights as weights

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +36,27 @@ class Attached:
         if not self.adapters:
             del model.__dict__[_ATTRIBUTE]
 
+    def switch(self, name: str) -> None:
+        """Let the adapter called `name` be the one at work, or none for ""."""
+        if name == self.active:
+            return
+        if self.active:
+            self.adapters[self.active]._suspend()
+            self.active = ""
+        if name:
+            self.adapters[name]._resume()
+            self.active = name
+
+    @contextlib.contextmanager
+    def at_work(self, name: str) -> Iterator[None]:
+        """Within this context the adapter called `name` is the one at work, whichever was before and is afterwards."""
+        before = self.active
+        self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
     def put_back(self, model: nn.Module, name: str, adapter: Adapter) -> None:
         """Let an adapter that was removed be the one on a model that has none."""
         self.adapters, self.active = {name: adapter}, name
@@ -55,22 +78,31 @@ def place(
     keep_base: str | Path | None,
 ) -> Adapter:
     """Attach a config to a model under a name, as `registry.attach` says."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={model!r}: give a torch.nn.Module; transformers' from_pretrained makes one of a name")
+    if wrapped := next((n for n, m in model.named_modules() if type(m).__module__.startswith("peft.tuners.")), None):
+        raise ConfigError(
+            f"{wrapped} is a layer of peft: load the plain model and the adapter with trimtab.load_adapter, or give "
+            "the peft model restarts with trimtab.interop.peft.Restarts"
+        )
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name={name!r}: an adapter's name is a text that is not empty")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype={dtype!r}: nothing can compute in it; give torch.bfloat16, float16 or float32")
     record = record_of(model)
     if record is None:
         record = Attached(Residence(model, dtype, pure, None if keep_base is None else Kept(keep_base)))
     else:
         _refuse_beside(record, name, config, dtype, pure, keep_base)
-    before, record.active = record.active, ""
-    if before:
-        record.adapters[before]._suspend()
+    before = record.active
+    record.switch("")
     try:
         adapter = config._attach(model, record.residence)
     except BaseException:
         if not record.adapters:
             record.residence.restore()
-        elif before:
-            record.adapters[before]._resume()
-            record.active = before
+        else:
+            record.switch(before)
         raise
     model.__dict__[_ATTRIBUTE] = record
     record.adapters[name] = adapter
@@ -100,8 +132,8 @@ def _refuse_beside(
         )
     if dtype is not None and dtype != record.residence.dtype:
         raise ConfigError(f"dtype={dtype}: the model's adapters compute in {record.residence.dtype}; leave dtype out")
-    if pure != record.residence.pure:
-        raise ConfigError(f"pure={pure}: the model's adapters were attached with pure={record.residence.pure}")
+    if pure and not record.residence.pure:
+        raise ConfigError("pure=True: the model's adapters were attached without it; leave it out")
     if keep_base is not None and record.residence.kept is None:
         raise ConfigError("keep_base: give it with the first adapter of a model")
 
@@ -125,11 +157,5 @@ def activate(model: nn.Module, name: str | None) -> None:
         raise ConfigError(
             f"name={name!r}: the model has no such adapter; it has {', '.join(map(repr, known)) or 'none'}"
         )
-    if record is None or record.active == (name or ""):
-        return
-    if record.active:
-        known[record.active]._suspend()
-        record.active = ""
-    if name is not None:
-        known[name]._resume()
-        record.active = name
+    if record is not None:
+        record.switch(name or "")

@@ -16,26 +16,20 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError, ConfigError
 from trimtab.methods.attached import Attached, place, record_of
 from trimtab.methods.folder import SavedAdapter, write_adapter_folder
+from trimtab.methods.oneline import OneLine
 from trimtab.nn.residence import Residence
 from trimtab.settings import Settings
-
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass
-else:
-    ModelMetaclass = type(Settings)
 
 #: What a trained tensor is, in the order in which `parameter_groups` returns the groups.
 GROUPS = ("adapter", "embedding", "norm", "head", "base")
@@ -80,35 +74,7 @@ class AdapterState:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-class _OneLine(ModelMetaclass):
-    """Calling a config's class with wrong settings is a ConfigError of one line.
-
-    Validation of a tree of settings does not come by here, so that the tree still knows where it went wrong.
-    """
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().__call__(*args, **kwargs)
-        except ValidationError as error:
-            raise misfit(cls, error) from None
-
-
-def misfit(method: Any, error: ValidationError) -> ConfigError:
-    """The first of a config's mistakes, as one line."""
-    first = error.errors()[0]
-    key, known = str(first["loc"][0]), list(method.model_fields)
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=1)
-        what = f"is no setting of it; did you mean {near[0]}?" if near else f"is no setting of it: {', '.join(known)}"
-    elif first["type"] == "missing":
-        what = "is missing; it has no default"
-    else:
-        said = first["msg"].removeprefix("Value error, ")
-        what = f"= {first['input']!r}: {said[0].lower()}{said[1:]}"
-    return ConfigError(f"{method.__name__}: {key} {what}")
-
-
-class Method(Settings, abc.ABC, metaclass=_OneLine):
+class Method(Settings, abc.ABC, metaclass=OneLine):
     """A frozen config of one method; subclasses are registered by the default of their `name`."""
 
     name: str
@@ -208,6 +174,7 @@ class Adapter(abc.ABC):
         self.config = config
         self._last_step = 0
         self._closed = ""
+        self._optimizer_seen = False
 
     @property
     def writes_base(self) -> str:
@@ -251,16 +218,36 @@ class Adapter(abc.ABC):
 
         Raises:
             ValueError: `step` does not follow the step of the previous call.
+            ConfigError: the optimizer has nothing of what trains.
         """
+        if not isinstance(step, int):
+            raise ValueError(f"after_step({step!r}): it takes the number of completed optimizer steps, an integer")
         if step <= self._last_step:
             raise ValueError(
                 f"after_step({step}) follows after_step({self._last_step}): it takes the number of completed "
                 f"optimizer steps, each number once and in rising order; the next one is {self._last_step + 1}"
             )
         self._require_open(f"after_step({step})")
+        if self.record.adapters.get(self.record.active) is not self:
+            raise ValueError(f"after_step({step}): this adapter is not at work; trimtab.activate() it first")
+        self._check_optimizer(step, optimizer)
         report = self._after_step(step, optimizer)
         self._last_step = step
         return report
+
+    def _check_optimizer(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer that was built before the adapter came trains nothing of it: say so at the first step."""
+        if self._optimizer_seen or not (own := {id(entry.parameter) for entry in self.trainable()}):
+            return
+        groups = getattr(optimizer, "param_groups", None)
+        if groups is None:
+            raise ConfigError(f"after_step({step}): optimizer={optimizer!r} is no torch optimizer")
+        if not own & {id(parameter) for group in groups for parameter in group["params"]}:
+            raise ConfigError(
+                f"after_step({step}): the optimizer has none of the parameters that train; build it from "
+                "adapter.parameter_groups(), after attach"
+            )
+        self._optimizer_seen = True
 
     def _after_step(self, step: int, optimizer: torch.optim.Optimizer) -> StepReport:
         return StepReport()
@@ -339,20 +326,21 @@ class Adapter(abc.ABC):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model computes what the base computes.
+        """Within this context the model computes what the base computes, whichever adapter was at work.
 
         Raises:
             CannotDetach: something was written into the base, and no copy of it is kept.
         """
         self._require_open("disabled()")
-        if self.record.adapters.get(self.record.active) is not self:
-            yield  # it is off the model already
-            return
-        self._suspend()
+        record = self.record
+        before = record.active
+        record.switch("")
         try:
             yield
         finally:
-            self._resume()
+            # Inside, adapters may have been detached, or another one made active: then that stays.
+            if before in record.adapters and not record.active:
+                record.switch(before)
 
     def _suspend(self) -> None:
         """Leave the base's function; nothing is lost."""
@@ -368,7 +356,9 @@ class Adapter(abc.ABC):
         Raises:
             CannotSave: the adapter alone would not describe what was trained.
         """
-        write_adapter_folder(Path(path), self._saved())
+        self._require_open("save()")
+        with self.record.at_work(self.attached_name):
+            write_adapter_folder(Path(path), self._saved())
 
     def _saved(self) -> SavedAdapter:
         """What `save` writes."""
@@ -377,6 +367,7 @@ class Adapter(abc.ABC):
     @property
     def record(self) -> Attached:
         """What is attached to the model, this adapter among it."""
+        self._require_open("record")
         record = record_of(self.model)
         assert record is not None
         return record

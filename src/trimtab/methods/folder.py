@@ -228,8 +228,13 @@ def write_adapter_folder(path: Path, saved: SavedAdapter) -> None:
             for name, tensor in saved.tensors.items()
         }
         metadata = {"format": "pt", OURS: json.dumps(saved.extra, sort_keys=True)}
-        save_file(contiguous, path / TENSOR_FILE, metadata=metadata)
-        text = json.dumps(saved.config, indent=2, sort_keys=True) + "\n"
-        (path / CONFIG_FILE).write_text(text, encoding="utf-8")
+        # Fields in order of their names, but nothing inside them: the first pattern that matches a layer counts.
+        text = json.dumps(dict(sorted(saved.config.items())), indent=2) + "\n"
+        # Both under other names first, so that a full disk leaves an older adapter as it was.
+        fresh = [path / f"{name}.tmp" for name in (TENSOR_FILE, CONFIG_FILE)]
+        save_file(contiguous, fresh[0], metadata=metadata)
+        fresh[1].write_text(text, encoding="utf-8")
+        for file in fresh:
+            file.replace(file.with_suffix(""))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the adapter cannot be written to {path}: {error}") from None

@@ -160,6 +160,7 @@ class IA3Adapter(FrozenBaseAdapter):
         super().merge(quantized=quantized)
         for bias, value in merged:
             bias.data.copy_(value)
+        self._mark()
 
     def _prepare_undo(self, quantized: bool) -> None:
         super()._prepare_undo(quantized)

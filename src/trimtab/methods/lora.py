@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -32,7 +32,7 @@ from trimtab.nn.initial import Init, draw_factors, principal_factors
 from trimtab.nn.lora_embedding import LoRAEmbeddingMixin
 from trimtab.nn.lowrank import LoRAMixin
 from trimtab.nn.residence import Residence
-from trimtab.nn.tied import untie
+from trimtab.nn.tied import Parted, part
 from trimtab.nn.weights import holder_of, is_conv1d, shape_of
 
 #: Of `parameter_groups`: the name of LoRA+'s group, and the key of what its rate is multiplied by.
@@ -86,6 +86,11 @@ class LoRA(Targeted):
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return value
 
+    def __hash__(self) -> int:
+        # Equal dictionaries may be in another order, and pydantic's own hash takes none.
+        values = (getattr(self, key) for key in type(self).model_fields)
+        return hash((type(self), *(frozenset(v.items()) if isinstance(v, dict) else v for v in values)))
+
     def rank_of(self, name: str) -> int:
         """The rank of the layer called `name`."""
         return int(self.rank_pattern.get(pattern_of(self.rank_pattern, name), self.rank))
@@ -112,15 +117,15 @@ class LoRA(Targeted):
         return f"{given[0]}={getattr(self, given[0])!r}" if given else super().writes_base
 
     def attach(self, model: nn.Module, **settings: Any) -> Adapter:
-        tie_again = untie(model) if self.untie else None
+        parted = part(model) if self.untie else None
         try:
             adapter = super().attach(model, **settings)
         except BaseException:
-            if tie_again is not None:
-                tie_again()
+            if parted is not None:
+                parted.tie(model)
             raise
         assert isinstance(adapter, LoRAAdapter)
-        adapter.tie_again = tie_again
+        adapter.parted = parted
         return adapter
 
     def _attach(self, model: nn.Module, residence: Residence) -> LoRAAdapter:
@@ -138,11 +143,11 @@ class LoRA(Targeted):
     @classmethod
     def from_folder(cls, saved: SavedAdapter) -> LoRA | None:
         config = cls.from_saved(saved.config)
-        return config and config.model_copy(update=lora_files.settings_from_tensors(saved))
+        return config and config.model_copy(update=lora_files.settings_from_tensors(saved, config))
 
     def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
         assert isinstance(adapter, LoRAAdapter)
-        adapter.load_tensors(lora_files.without_base(saved, adapter.model), lora_files.SUFFIXES)
+        adapter.load_tensors(lora_files.without_base(lora_files.with_signs(saved), adapter.model), lora_files.SUFFIXES)
 
 
 class LoRAAdapter(FrozenBaseAdapter):
@@ -164,7 +169,7 @@ class LoRAAdapter(FrozenBaseAdapter):
             )
         self._restart_count = 0
         self.adapted = False
-        self.tie_again: Callable[[], None] | None = None
+        self.parted: Parted | None = None
         #: PiSSA's A and B at the start, in host memory: what was taken from the base.
         self.start: dict[str, tuple[Tensor, Tensor]] = {}
         if config.switch_step:
@@ -215,11 +220,12 @@ class LoRAAdapter(FrozenBaseAdapter):
         if self.config.init == "pissa":
             self.start = self._principal()
             weights = {f"{name}.weight": self._residence.parameters[f"{name}.weight"] for name in self.start}
-            # What a warm start trained is not what the model came with.
-            if not self.config.switch_step and self._residence.kept is None:
+            weights = {name: weight for name, weight in weights.items() if weight.device.type != "meta"}
+            if self._residence.kept is not None:
+                self._residence.edit(weights)  # copies what it is given: a file that cannot be written stops it here
+            elif not self.config.switch_step:  # what a warm start trained is not what the model came with
                 for name, weight in weights.items():
-                    if weight.device.type != "meta":
-                        kept.put(name, weight)
+                    kept.put(name, weight)
         self._begin()
         self.adapted = True
         self._draw()
@@ -364,8 +370,8 @@ class LoRAAdapter(FrozenBaseAdapter):
 
     def detach(self) -> None:
         super().detach()
-        if self.tie_again is not None:
-            self.tie_again()
+        if self.parted is not None:
+            self.parted.tie(self.model)
 
     def _saved(self) -> SavedAdapter:
         if not self.adapted or self._restart_count or self.config.switch_step:

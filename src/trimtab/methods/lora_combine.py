@@ -31,6 +31,8 @@ def combine(model: nn.Module, weights: Mapping[str, float], *, name: str) -> Ada
     Raises:
         ConfigError: an adapter is unknown, is no LoRA, is a DoRA or in its warm start, or the name is taken.
     """
+    if not isinstance(weights, Mapping) or not all(isinstance(w, int | float) for w in weights.values()):
+        raise ConfigError(f"weights={weights!r}: give the factor of each adapter, such as {{'a': 0.7, 'b': 0.3}}")
     terms: dict[str, list[tuple[float, Tensor, Tensor]]] = {}
     for given, weight in weights.items():
         adapter = _plain(model, given, weight)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from trimtab.errors import CannotSave, CheckpointError
 from trimtab.methods.folder import SavedAdapter, refuse_unknown
+from trimtab.methods.lora_checks import pattern_of
 from trimtab.nn.initial import stacked
+from trimtab.nn.inject import ALL_LINEAR, name_ends
 from trimtab.nn.tied import owners_of
 from trimtab.nn.weights import is_conv1d
 
 if TYPE_CHECKING:
-    from trimtab.methods.lora import LoRAAdapter
+    from trimtab.methods.lora import LoRA, LoRAAdapter
 
 #: Endings of PEFT's names, and what ours have instead.
 SUFFIXES = {".lora_A.weight": ".lora_A", ".lora_B.weight": ".lora_B", ".base_layer.bias": ".bias"}
@@ -67,22 +69,61 @@ def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
             f"the adapter's init_lora_weights = {init!r} replaced the base weights by others, which the file does not "
             "hold; save it with PEFT's path_initial_model_for_weight_conversion, as a plain LoRA"
         )
-    excluded = saved.get("exclude_modules") or []
-    if not isinstance(excluded, list):
-        raise CheckpointError(f"the adapter's exclude_modules = {excluded!r} is not supported; only a list is")
+    targets, exclude = _without_excluded(_targets(saved), saved.get("exclude_modules") or [])
     return {
         "rank": saved["r"],
-        "alpha": saved["lora_alpha"],
+        "alpha": _size("lora_alpha", saved["lora_alpha"]),
         "dropout": saved.get("lora_dropout", 0.0),
         "rslora": saved.get("use_rslora", False),
         "dora": saved.get("use_dora", False),
         "init": "pissa" if init == "pissa" else "kaiming",
         "bias": saved.get("bias", "none"),
         "rank_pattern": saved.get("rank_pattern") or {},
-        "alpha_pattern": saved.get("alpha_pattern") or {},
-        "targets": _targets(saved),
-        "exclude": tuple(excluded),
+        "alpha_pattern": _sizes(saved.get("alpha_pattern") or {}),
+        "targets": targets,
+        "exclude": exclude,
     }
+
+
+def _size(field: str, alpha: Any) -> Any:
+    """The size of an alpha; its sign goes into B, see `with_signs`."""
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise CheckpointError(f"the adapter's {field} = {alpha!r} is no number")
+    if not alpha or not math.isfinite(alpha):
+        raise CheckpointError(f"the adapter's {field} = {alpha!r} gives no update that could be read or trained")
+    return abs(alpha)
+
+
+def _sizes(patterns: Any) -> Any:
+    if not isinstance(patterns, dict):
+        return patterns  # refused by its own name later
+    return {pattern: _size(f"alpha_pattern[{pattern!r}]", alpha) for pattern, alpha in patterns.items()}
+
+
+def _endings(names: Iterable[str]) -> str:
+    """A regular expression for whole names that end with one of these."""
+    return rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in names)})"
+
+
+def _without_excluded(targets: str | tuple[str, ...], excluded: Any) -> tuple[str | tuple[str, ...], tuple[str, ...]]:
+    """Our `targets` and `exclude`: PEFT has regular expressions and idle entries there, and ours may hold neither."""
+    if not excluded:
+        return targets, ()
+    if isinstance(excluded, list) and targets == ALL_LINEAR:
+        return targets, tuple(str(name) for name in excluded)
+    if not isinstance(excluded, list | str) or targets == ALL_LINEAR:
+        raise CheckpointError(
+            f"the adapter's exclude_modules = {excluded!r} is not supported; a list is, and with a list of "
+            "target_modules a regular expression"
+        )
+    without = excluded if isinstance(excluded, str) else _endings(map(str, excluded))
+    wanted = targets if isinstance(targets, str) else _endings(targets)
+    for field, part in (("exclude_modules", without), ("target_modules", wanted)):
+        try:
+            re.compile(f"(?:{part})")
+        except re.error as error:
+            raise CheckpointError(f"the adapter's {field} = {part!r} is no regular expression: {error}") from None
+    return rf"(?!(?:{without})\Z)(?:{wanted})", ()
 
 
 def _targets(saved: Mapping[str, Any]) -> str | tuple[str, ...]:
@@ -111,13 +152,36 @@ def _targets(saved: Mapping[str, Any]) -> str | tuple[str, ...]:
     return rf"{endings}|[^.]+\.(?:(?!\d+\.)[^.]+\.)+(?:{numbers})\.(?:.*\.)?(?:{endings})"
 
 
-def settings_from_tensors(saved: SavedAdapter) -> dict[str, Any]:
-    """Settings of `LoRA` that the config alone does not decide: PEFT allows `bias` on a model without biases."""
+def settings_from_tensors(saved: SavedAdapter, config: LoRA) -> dict[str, Any]:
+    """Settings of `LoRA` that the config alone does not decide: PEFT allows entries that match nothing in a model."""
     found: dict[str, Any] = {"untie": bool(saved.extra.get("untie", False))}
     ending = ".base_layer.bias" if saved.config.get("bias") == "lora_only" else ".bias"
     if not any(name.endswith(ending) for name in saved.tensors):
         found["bias"] = "none"
+    layers = list(dict.fromkeys(owner for name in saved.tensors if (owner := _owner_of_b(name))))
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, key)
+        used = {pattern_of(patterns, layer) for layer in layers}
+        found[key] = {pattern: value for pattern, value in patterns.items() if pattern in used}
+    targets = config.targets
+    if not isinstance(targets, str) and not all(any(name_ends(n, end) for n in layers) for end in targets):
+        found["targets"] = _endings(targets)
     return found
+
+
+def _owner_of_b(name: str) -> str:
+    """The layer whose B is stored under this name; empty for other tensors."""
+    return next((name.removesuffix(end) for end in (".lora_B.weight", ".lora_embedding_B") if name.endswith(end)), "")
+
+
+def with_signs(saved: SavedAdapter) -> SavedAdapter:
+    """The adapter with alphas above 0: where PEFT's is negative, B is stored with the other sign."""
+    patterns, alpha = saved.config.get("alpha_pattern") or {}, saved.config["lora_alpha"]
+    tensors = dict(saved.tensors)
+    for name, tensor in saved.tensors.items():
+        if (layer := _owner_of_b(name)) and patterns.get(pattern_of(patterns, layer), alpha) < 0:
+            tensors[name] = -tensor
+    return SavedAdapter(saved.config, tensors, saved.extra)
 
 
 def without_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:

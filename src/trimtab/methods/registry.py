@@ -12,9 +12,10 @@ from torch import nn
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.attached import activate, record_of
-from trimtab.methods.base import REGISTRY, Adapter, Method, misfit
+from trimtab.methods.base import REGISTRY, Adapter, Method
 from trimtab.methods.folder import read_adapter_folder
 from trimtab.methods.foldercheck import PEFT_TYPES
+from trimtab.methods.oneline import misfit
 
 
 def registry() -> dict[str, type[Method]]:
@@ -31,8 +32,10 @@ def parse_method(value: Method | Mapping[str, Any]) -> Method:
     """
     if isinstance(value, Method):
         return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"a method is a config or a mapping with a `name`, got {type(value).__name__}")
+    given: object = value
+    if not isinstance(given, Mapping):
+        said = f"the class; give {given.__name__}()" if isinstance(given, type) else type(given).__name__
+        raise ConfigError(f"a method is a config or a mapping with a `name`, got {said}")
     name = value.get("name")
     if name not in REGISTRY:
         raise ConfigError(f"name: no method is called {name!r}; the methods are {', '.join(sorted(REGISTRY))}")

@@ -24,7 +24,7 @@ from trimtab.methods.lora import LoRA, LoRAAdapter
 from trimtab.nn.adapted import merge_report
 from trimtab.nn.initial import Init
 from trimtab.nn.residence import Residence
-from trimtab.optim.reset import ResetMode, reset_state
+from trimtab.optim.reset import ResetMode, check_reset, reset_state
 
 
 class ReLoRA(LoRA):
@@ -161,20 +161,22 @@ class ReLoRAAdapter(LoRAAdapter):
 
     def _restart(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         began = time.perf_counter()
+        parameters, mode, ratio = self.own(), self.config.reset, self.config.reset_ratio
+        # Whatever can be wrong is found before the base is written into: half a restart cannot be done again.
+        check_reset(optimizer, parameters, mode=mode, ratio=ratio)
         losses = merge_report(self.layers)
         self._residence.edit(f"{name}.weight" for name in self.layers)
         for layer in self.layers.values():
             layer.merge_()
         self._restart_count += 1
         self._draw()
-        parameters = self.own()
         for parameter in parameters.values():
             parameter.grad = None
         touched = reset_state(
             optimizer,
             parameters,
-            mode=self.config.reset,
-            ratio=self.config.reset_ratio,
+            mode=mode,
+            ratio=ratio,
             seed=(self.config.seed or 0, self._restart_count),
             reference=self.config.reset_reference,
         )
@@ -182,7 +184,7 @@ class ReLoRAAdapter(LoRAAdapter):
             "event": "restart",
             "step": step,
             "restart": self._restart_count,
-            "reset_mode": self.config.reset,
+            "reset_mode": mode,
             "reset_elements": touched,
             **losses,
             "seconds": round(time.perf_counter() - began, 4),

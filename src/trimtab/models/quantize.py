@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,11 +30,14 @@ def quantize(
     master: str | Path | None = None,
     min_kept: float = 0.5,
 ) -> list[str]:
-    """Hold the weights of a model's linear layers in 4 bits, frozen, before an adapter is attached.
+    """Hold the weights of a model's linear layers in 4 bits, in place and frozen, before an adapter is attached.
 
     Every nn.Linear and Conv1D is taken but output heads and layers whose weight another module reads, too. A
     quantised layer is an `NF4Linear`: `model(**batch)`, `.to()`, `state_dict()` and copies work as before, and any
     method can be attached. `trimtab.load_quantized` does the same while it loads.
+
+    A fresh model, which would train all over, is fine. A weight that trains is refused where that is meant: it has a
+    gradient, others of the layers are frozen, or an adapter is attached.
 
     Args:
         model: any module, without an adapter.
@@ -50,18 +53,17 @@ def quantize(
         The names of the quantised layers.
 
     Raises:
-        ConfigError: a setting is wrong, the model has an adapter or trains the weight, or a weight is not finite.
+        ConfigError: a setting is wrong, the model has an adapter or trains a weight, or one is not finite in fp32.
         TargetError: an ending of `skip` matches nothing, or nothing is left. In either case the model is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={model!r}: give a torch.nn.Module, or load one with trimtab.load_quantized")
     check_settings(kind, compute_dtype, min_kept)
     _refuse_adapters(model)
     layers = choose(model, skip)
     _refuse_trained(layers)
     for name, module in layers.items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        if weight.device.type != "meta" and not all(bool(end.isfinite()) for end in torch.aminmax(weight.detach())):
-            raise ConfigError(f"{name}.weight has an entry that is not finite, so it cannot be quantised")
+        _refuse_infinite(name, module.weight)
     masters = make_masters(layers, master)
     for name, module in layers.items():
         pack(module, double=double, compute=compute_dtype, master=masters.get(name), min_kept=min_kept)
@@ -95,10 +97,15 @@ def check_settings(kind: str, compute_dtype: torch.dtype | None, min_kept: float
     """Raise ConfigError for a setting that cannot be."""
     if kind not in KINDS:
         raise ConfigError(f"kind = {kind!r}: no such quantisation; there is {', '.join(map(repr, KINDS))}")
-    if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
-        raise ConfigError(f"compute_dtype = {compute_dtype!r} is no floating dtype of torch")
+    check_dtype("compute_dtype", compute_dtype)
     if not 0.0 <= min_kept <= 1.0:
         raise ConfigError(f"min_kept = {min_kept} is no share between 0 and 1")
+
+
+def check_dtype(setting: str, dtype: torch.dtype | None) -> None:
+    """Raise ConfigError for what is neither None nor a dtype that weights can have."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"{setting} = {dtype!r} is no floating dtype of torch; give torch.bfloat16, say, or None")
 
 
 def _refuse_adapters(model: nn.Module) -> None:
@@ -142,9 +149,32 @@ def _packed(module: nn.Module) -> bool:
     return isinstance(module, NF4Linear)
 
 
+def _refuse_infinite(name: str, weight: Tensor | nn.Module) -> None:
+    """Scales are fp32: what is finite in float64 may not be in them."""
+    assert isinstance(weight, Tensor)
+    if weight.device.type == "meta":
+        return
+    for end in torch.aminmax(weight.detach()):
+        if not bool(end.float().isfinite()):
+            raise ConfigError(
+                f"{name}.weight has an entry that is not finite in fp32 ({float(end):g}), so it cannot be quantised; "
+                f"mend the weight, or leave it out with skip=['{name}']"
+            )
+
+
 def _refuse_trained(layers: Mapping[str, nn.Module]) -> None:
-    """A fresh model trains all over; where some of its layers are frozen, one that is not is meant to train."""
+    """A fresh model trains all over; a weight with a gradient, or one among frozen ones, is meant to train.
+
+    Only these layers are looked at: many a fresh model has frozen parameters elsewhere, such as sinusoidal positions.
+    """
     trained = [name for name, module in layers.items() if module.weight.requires_grad]
+    for name in trained:
+        if layers[name].weight.grad is not None:
+            raise ConfigError(
+                f"{name}.weight trains (it has a gradient), and a quantised weight cannot; freeze it with "
+                f"requires_grad_(False), call model.zero_grad() if its training is over, or leave it out with "
+                f"skip=['{name}']"
+            )
     if trained and len(trained) < len(layers):
         raise ConfigError(
             f"{trained[0]}.weight trains while other layers are frozen, and a quantised weight cannot train; "
@@ -165,7 +195,14 @@ def make_masters(layers: Mapping[str, nn.Module], where: str | Path | None) -> d
         for name, module in layers.items():
             masters[name] = new_master(where, name, shape_of(module))
     except ConfigError:
-        for name in masters if where != "host" else ():
-            (Path(where) / f"{name}.fp32").unlink(missing_ok=True)
+        drop_masters(masters, where)
         raise
     return masters
+
+
+def drop_masters(names: Iterable[str], where: str | Path | None) -> None:
+    """Remove the files that `make_masters` made."""
+    if where is None or where == "host":
+        return
+    for name in names:
+        (Path(where) / f"{name}.fp32").unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -27,7 +27,8 @@ from transformers.initialization import no_init_weights
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.models.load import read_config
-from trimtab.models.quantize import check_settings, choose, make_masters
+from trimtab.models.quantize import check_dtype, check_settings, choose, drop_masters, make_masters
+from trimtab.models.tensorfiles import TensorFiles
 from trimtab.nn.nf4layer import NF4Linear
 from trimtab.nn.packing import pack
 from trimtab.nn.residence import disarm_fused_encoders
@@ -36,8 +37,8 @@ from trimtab.quiet import quiet_libraries
 
 METHOD = "trimtab-nf4"
 TENSORS = "model.safetensors"
+MIN_KEPT = 0.5
 PACKED = "quantized.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 def load_quantized(
@@ -50,7 +51,7 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     master: str | Path | None = None,
-    min_kept: float = 0.5,
+    min_kept: float | None = None,
     model_class: Any = None,
 ) -> PreTrainedModel:
     """A model with its linear layers in 4 bits, from a plain checkpoint or from a folder of `save_quantized`.
@@ -60,45 +61,53 @@ def load_quantized(
         kind: "nf4".
         double: as in `quantize`; None is True for a plain checkpoint. A quantised folder says it itself.
         skip: as in `quantize`; likewise.
-        compute_dtype: as in `quantize`.
+        compute_dtype: as in `quantize`; None takes what a quantised folder says.
         dtype: of what is not quantised; None keeps what the files have.
         device: where the model is put, tensor by tensor.
         master: as in `quantize`. Of a quantised folder it begins with the decoded weights.
-        min_kept: as in `quantize`.
-        model_class: a class of transformers; None takes the one that the config names.
+        min_kept: as in `quantize`; None takes what a quantised folder says, or else 0.5.
+        model_class: a model class of transformers; None takes the one that the config names.
 
     Raises:
         ConfigError: a setting is wrong or has no effect, or there is no such model.
         TargetError: an ending of `skip` matches nothing.
         CheckpointError: a file is missing or damaged, or does not fit the config.
     """
-    check_settings(kind, compute_dtype, min_kept)
+    least = MIN_KEPT if min_kept is None else min_kept
+    check_settings(kind, compute_dtype, least)
+    check_dtype("dtype", dtype)
+    _check_device(device)
     stored = _stored_quantization(Path(path).expanduser())
     if stored is not None and (double is not None or skip is not None):
         given = "double" if double is not None else "skip"
         raise ConfigError(f"{given} has no effect: {path} is quantised already; leave it out")
     folder = _folder(path)
-    hf = AutoConfig.from_pretrained(folder) if stored is not None else read_config(str(path))
+    hf = _stored_config(folder) if stored is not None else read_config(str(path))
     model = _skeleton(hf, model_class)
-    with _Files(folder, TENSORS if stored is None else PACKED) as files:
+    with TensorFiles(folder, TENSORS if stored is None else PACKED) as files:
         if stored is None:
             layers = choose(model, skip or ())
         else:
             layers = {name: model.get_submodule(name) for name in _known(model, stored["layers"], folder)}
-        masters = make_masters(layers, master)
         names = _file_names(model, files)
-        for name, module in layers.items():
-            options: dict[str, Any] = {"compute": compute_dtype, "master": masters.get(name), "min_kept": min_kept}
-            if stored is None:
-                value = files.read(names[f"{name}.weight"], _weight_shape(module)).to(device)
-                try:
-                    pack(module, double=True if double is None else double, value=value, **options)
-                except ValueError as error:
-                    raise CheckpointError(f"{folder}: {name}.weight: {error}") from None
-                del value
-            else:
-                _unpack_stored(module, name, stored["layers"][name], files, device, options)
-        _fill(model, files, names, dtype, device)
+        masters = make_masters(layers, master)
+        try:
+            for name, module in layers.items():
+                options: dict[str, Any] = {"compute": compute_dtype, "master": masters.get(name), "min_kept": least}
+                if stored is None:
+                    value = files.read(names[f"{name}.weight"], _weight_shape(module)).to(device)
+                    try:
+                        pack(module, double=True if double is None else double, value=value, **options)
+                    except ValueError as error:
+                        raise CheckpointError(f"{folder}: {name}.weight: {error}") from None
+                    del value
+                else:
+                    options["min_kept"] = min_kept
+                    _unpack_stored(module, name, stored["layers"][name], files, device, options)
+            _fill(model, files, names, dtype, device)
+        except BaseException:
+            drop_masters(masters, master)
+            raise
     disarm_fused_encoders(model)
     return model.eval()
 
@@ -120,7 +129,13 @@ def save_quantized(model: PreTrainedModel, path: str | Path) -> None:
     if record_of(model) is not None:
         raise ConfigError("save_quantized: the model has an adapter; save it with adapter.save(), and detach it first")
     described = {
-        name: {"double": m.doubly, "dtype": str(m.compute_dtype).removeprefix("torch.")} for name, m in layers.items()
+        name: {
+            "double": m.doubly,
+            "dtype": _dtype_name(m.compute_dtype),
+            "compute": _dtype_name(m.holder.compute),
+            "min_kept": m.holder.min_kept,
+        }
+        for name, m in layers.items()
     }
     seen: dict[tuple[int, int, torch.Size], str] = {}
     tensors: dict[str, Tensor] = {}
@@ -144,6 +159,17 @@ def save_quantized(model: PreTrainedModel, path: str | Path) -> None:
 
 
 # -- what a folder says ------------------------------------------------------------------------
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _stored_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _stored_quantization(folder: Path) -> dict[str, Any] | None:
@@ -182,76 +208,32 @@ def _known(model: nn.Module, layers: dict[str, Any], folder: Path) -> list[str]:
     return [name for name in modules if name in layers]
 
 
-class _Files:
-    """The safetensors files of a folder, opened when they are first needed."""
-
-    def __init__(self, folder: Path, single: str) -> None:
-        self.folder = folder
-        self._open: dict[Path, Any] = {}
-        self.homes = self._find(folder / single)
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.clear()
-
-    def _find(self, single: Path) -> dict[str, Path]:
-        """Which file each tensor is in."""
-        index = self.folder / INDEX
-        if single.is_file():
-            return dict.fromkeys(self._names(single), single)
-        if not index.is_file():
-            raise CheckpointError(f"{self.folder} has neither {single.name} nor {INDEX}; pickled weights are not read")
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            homes = {str(name): self.folder / str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} cannot be read: {error}") from None
-        for file in set(homes.values()):
-            if file.parent != self.folder or file.name in ("", ".."):
-                raise CheckpointError(f"{index} names {file}, which is outside its folder")
-            absent = {name for name, home in homes.items() if home == file} - set(self._names(file))
-            if absent:
-                raise CheckpointError(f"{file} lacks {min(absent)}, which {INDEX} says it has")
-        return homes
-
-    def _names(self, file: Path) -> list[str]:
-        return list(self._handle(file).keys())
-
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file} cannot be read: {error}") from None
-        return self._open[file]
-
-    def read(self, name: str, shape: Sequence[int]) -> Tensor:
-        """One tensor.
-
-        Raises:
-            CheckpointError: it has another shape, or its file is damaged.
-        """
-        handle = self._handle(self.homes[name])
-        found = list(handle.get_slice(name).get_shape())
-        if found != list(shape):
-            raise CheckpointError(f"{self.homes[name]}: {name} is {found}, and the config makes it {list(shape)}")
-        tensor: Tensor = handle.get_tensor(name)
-        return tensor
-
-
 # -- building and filling ----------------------------------------------------------------------
 
 
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ConfigError(f"device = {device!r} cannot be used: {(str(error).splitlines() or ['?'])[0]}") from None
+
+
 def _skeleton(hf: Any, model_class: Any) -> PreTrainedModel:
-    """The model with its parameters on the meta device and its other buffers in place."""
-    names = getattr(hf, "architectures", None) or []
-    cls = model_class or (getattr(transformers, names[0], None) if names else None)
+    """The model with its parameters on the meta device and its other buffers in place.
+
+    What a config names is called only if it is a model class: transformers has functions of other kinds, too.
+    """
+    said = getattr(hf, "architectures", None) or []
+    cls = model_class or (getattr(transformers, str(said[0]), None) if said else None)
+    if cls is not None and not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        named = f"model_class = {cls!r}" if model_class else f"architectures = {said} in config.json"
+        raise ConfigError(
+            f"the model cannot be built: {named} is no model class of transformers; give one as model_class="
+        )
     try:
         with _parameters_on_meta(), no_init_weights():
             model: PreTrainedModel = cls(hf) if cls is not None else AutoModelForCausalLM.from_config(hf)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
         raise ConfigError(f"the model cannot be built from its config: {error}") from None
     model.tie_weights()
     return model
@@ -278,7 +260,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _file_names(model: PreTrainedModel, files: _Files) -> dict[str, str]:
+def _file_names(model: PreTrainedModel, files: TensorFiles) -> dict[str, str]:
     """The name in the files of each of the model's tensors that they store.
 
     A checkpoint of the bare model lacks the prefix of a model with a head, and the other way round.
@@ -311,16 +293,22 @@ def _weight_shape(module: nn.Module) -> torch.Size:
 
 
 def _unpack_stored(
-    module: nn.Module, name: str, said: Any, files: _Files, device: torch.device | str, options: dict[str, Any]
+    module: nn.Module, name: str, said: Any, files: TensorFiles, device: torch.device | str, options: dict[str, Any]
 ) -> None:
-    """Make a layer what a folder of `save_quantized` stored."""
+    """Make a layer what a folder of `save_quantized` stored; of `options`, what is None is taken from there."""
     try:
         dtype, double = getattr(torch, said["dtype"]), said["double"]
-    except (KeyError, TypeError, AttributeError):
-        dtype = double = None
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or not isinstance(double, bool):
+        # Folders of the first version do not say these two.
+        compute, min_kept = said.get("compute"), said.get("min_kept", MIN_KEPT)
+        compute = compute if compute is None else getattr(torch, compute)
+        check_settings("nf4", compute, min_kept)
+        check_settings("nf4", dtype, min_kept)
+    except (KeyError, TypeError, AttributeError, ConfigError):
+        dtype = double = compute = min_kept = None
+    if dtype is None or not isinstance(double, bool):
         raise CheckpointError(f"{files.folder}: the config does not say how {name} is held: {said!r}")
-    pack(module, double=double, dtype=dtype, **options)
+    own_options = {"compute": compute, "min_kept": min_kept} | {n: v for n, v in options.items() if v is not None}
+    pack(module, double=double, dtype=dtype, **own_options)
     assert isinstance(module, NF4Linear)
     for leaf in ("weight", *module.scale_names):
         own = getattr(module, leaf)
@@ -334,12 +322,14 @@ def _unpack_stored(
             module.weight = nn.Parameter(value.to(device), requires_grad=False)
         else:
             module._buffers[leaf] = value.to(device)
+    if not module.weight.is_meta and not bool(module.scales().isfinite().all()):
+        raise CheckpointError(f"{files.folder}: the scales of {name} are not finite; the file is damaged, save it anew")
     if options["master"] is not None:
         module.holder.start_master()
 
 
 def _fill(
-    model: nn.Module, files: _Files, names: dict[str, str], dtype: torch.dtype | None, device: torch.device | str
+    model: nn.Module, files: TensorFiles, names: dict[str, str], dtype: torch.dtype | None, device: torch.device | str
 ) -> None:
     """Give every parameter and stored buffer that is not filled yet its value; tied ones once."""
     filled: dict[int, nn.Parameter] = {}

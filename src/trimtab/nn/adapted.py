@@ -100,6 +100,17 @@ class Adapted(Swapped):
         return self.merged_rows(holder.rows(weight, block).to(wide), block)
 
 
+def check_bases(layers: Mapping[str, Adapted]) -> None:
+    """Find out whether these layers can be merged, before the first one is.
+
+    Raises:
+        CannotMerge: a weight was cast since its adapter was put on, and what rounding had lost no longer fits it.
+    """
+    for name, layer in layers.items():
+        if fault := layer.base.fault(layer.weight):
+            raise CannotMerge(f"{name}.weight {fault}; nothing was written")
+
+
 def merge_report(layers: Mapping[str, Adapted]) -> dict[str, Any]:
     """What a merge of these layers into their bases would lose; nothing is written. Empty if nothing is lost.
 
@@ -110,6 +121,7 @@ def merge_report(layers: Mapping[str, Adapted]) -> dict[str, Any]:
     Raises:
         CannotMerge: less survives than the bases' `min_kept`.
     """
+    check_bases(layers)
     found = {name: sums for name, layer in layers.items() if (sums := layer.survival()) is not None}
     total = sum(sums[1] for sums in found.values())
     if not total:

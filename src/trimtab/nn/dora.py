@@ -175,11 +175,20 @@ def dora_linear(
     return out.view(*x.shape[:-1], lora_B.shape[0])
 
 
+def _state_of(base: Holder, weight: Tensor) -> tuple[object, ...]:
+    """What tells one value of a frozen weight from another without reading it: where it lies, and how often written.
+
+    A swap of `.data` leaves the version alone and changes the place; a write in place does the opposite.
+    """
+    tensors = [weight, *base.stored(weight).values()]
+    return tuple((str(t.device), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
 class DoRAMixin(Adapted):
     """A linear layer whose rows are turned by a LoRA branch and stretched by a vector.
 
     Attributes:
-        squares: |W|^2 of each row; None after the weight was loaded, to be computed when it is next needed.
+        squares: |W|^2 of each row, and of which state of the weight; None where it is to be computed anew.
     """
 
     label = "DoRA"
@@ -190,7 +199,7 @@ class DoRAMixin(Adapted):
     lora_magnitude_vector: nn.Parameter
     scale: float
     dropout: float
-    squares: Tensor | None
+    squares: tuple[tuple[object, ...], Tensor] | None
 
     def forward(self, x: Tensor) -> Tensor:
         return dora_linear(
@@ -206,11 +215,19 @@ class DoRAMixin(Adapted):
             dropout=self.dropout if self.training else 0.0,
         )
 
+    def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
+        # A compiled forward cannot ask for the weight's state, so a load says it, too.
+        self.squares = None
+        super()._load_from_state_dict(*args, **settings)  # type: ignore[misc]
+
     def known_squares(self) -> Tensor:
-        """|W|^2 of each row, on the weight's device."""
-        if self.squares is None or self.squares.device != self.weight.device:
-            self.squares = row_squares(self.base, self.weight)
-        return self.squares
+        """|W|^2 of each row of the weight as it is now, on its device."""
+        compiling = torch.compiler.is_compiling()
+        state = () if compiling else _state_of(self.base, self.weight)
+        known = self.squares
+        if known is None or known[1].device != self.weight.device or not (compiling or known[0] == state):
+            known = self.squares = (state, row_squares(self.base, self.weight))
+        return known[1]
 
     @torch.no_grad()
     def set_magnitude(self) -> None:

@@ -103,11 +103,12 @@ def dequantize(packed: Tensor, absmax: Tensor, columns: int, dtype: torch.dtype,
         plain: use torch alone, even where bitsandbytes' kernel is at hand (a test compares the two).
     """
     rows, width = packed.shape[0], packed.shape[1] * 2
-    # bitsandbytes' kernels know no float64. They read the codes in order, so a slice of columns must be copied.
+    # bitsandbytes' kernels know no float64. They read codes and scales in order, so slices of columns must be copied
+    # (`reshape` would hand on a column of one block as a view with a stride).
     kernel = None if plain or dtype == torch.float64 else dequantize_kernel()
     if kernel is not None and packed.device.type != "meta":
         codes = packed.contiguous().view(torch.uint8).view(-1, 1)
-        full: Tensor = kernel(codes, absmax.reshape(-1), BLOCK, "nf4", (rows, width), dtype)
+        full: Tensor = kernel(codes, absmax.contiguous().view(-1), BLOCK, "nf4", (rows, width), dtype)
         return full[:, :columns]
     out = torch.empty(rows, width, dtype=dtype, device=packed.device)
     if packed.device.type == "meta":
@@ -209,7 +210,7 @@ def load_kernels() -> None:
         import_bitsandbytes()
     except ImportError as error:
         _kernels = {}
-        warnings.warn(f"NF4 layers run in plain torch, several times slower to unpack: {error}", stacklevel=2)
+        warnings.warn(f"NF4 layers run in plain torch, which unpacks more slowly: {error}", stacklevel=2)
         return
     ops = torch.ops.bitsandbytes
     _kernels = {"dequantize": ops.dequantize_4bit.default}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError
 from trimtab.nn import nf4
-from trimtab.nn.precision import compute_dtype_of
+from trimtab.nn.precision import compute_dtype_of, hold, release
 from trimtab.nn.weights import MERGE_CHUNK, Holder
 
 Context = Any
@@ -93,6 +93,22 @@ class NF4(Holder):
         assert self._master is not None
         for block in self.row_blocks(self.layer.weight):
             self._master[block] = self._decoded(self.layer.weight, block).to(self._master.device)
+
+    @torch.no_grad()
+    def follow_codes(self) -> None:
+        """After codes were loaded: let the master start from them, unless they are its nearest already.
+
+        A checkpoint may put the master in before the codes that belong to it; then it must stay.
+        """
+        weight = self.layer.weight
+        if self._master is None or weight.is_meta:
+            return
+        for block in self.row_blocks(weight):
+            packed, scales = self.layer.encode(self._master[block].to(weight.device))
+            own = self.layer.scales(block)
+            if not (torch.equal(packed, weight[block]) and torch.equal(self.layer.decode_scales(scales), own)):
+                self.start_master()
+                return
 
     # -- training ------------------------------------------------------------------------------
 
@@ -296,10 +312,18 @@ class NF4Linear(nn.Linear):
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight.device)).dtype
         return self
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As any module's; a master that other codes were loaded over must not be merged into."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(prefix + name in state_dict for name in ("weight", *self.scale_names)):
+            self.holder.follow_codes()
+
     # -- becoming, and ceasing to be -----------------------------------------------------------
 
     def widen(self, weight: Tensor) -> Callable[[], None]:
         """Be a plain layer with this dense `weight` (out, in) from now on; returns what undoes that."""
+        held = self.__dict__.get("trimtab_dtype")  # a bias that trains in fp32 makes the module a held one
+        release(self)
         packed, before, plain = self._parameters["weight"], dict(self.__dict__), self.plain_class
         buffers = {name: self._buffers.pop(name) for name in self.scale_names}
         kept = {name: before[name] for name in ("holder", "compute_dtype", "plain_class")}
@@ -318,5 +342,7 @@ class NF4Linear(nn.Linear):
                 self.__dict__.update(in_features=before["in_features"], out_features=before["out_features"])
             self._parameters["weight"] = packed
             self._buffers.update(buffers)
+            if held is not None:
+                hold(self, held)
 
         return undo

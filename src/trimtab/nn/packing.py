@@ -45,7 +45,8 @@ def pack(
     packed, absmax = nf4.quantize(dense)
     stored = {"absmax": absmax}
     if double:
-        offset = absmax.mean()
+        mean = absmax.mean()  # of weights near the end of fp32 the sum overflows, where their mean does not
+        offset = torch.where(mean.isfinite(), mean, (absmax / absmax.numel()).sum())
         stored = dict(zip(DOUBLE_SCALES, (*nf4.quantize_scales(absmax, offset), offset), strict=True))
     module.__dict__.update(
         out_features=dense.shape[0],

@@ -17,7 +17,7 @@ from trimtab.nn.precision import hold, release
 from trimtab.nn.weights import Holder, narrow_with_carry
 
 
-def _fingerprint(tensor: Tensor) -> tuple[int, float] | None:
+def fingerprint(tensor: Tensor) -> tuple[int, float] | None:
     """Two numbers that an optimizer's step changes. (Version counters do not: fused AdamW leaves them alone.)
 
     The exclusive-or of all bits misses equal changes in an even number of equal entries, as in a norm's
@@ -52,6 +52,7 @@ class Keep(Protocol):
     def __contains__(self, name: str) -> bool: ...
     def put(self, name: str, tensor: Tensor) -> None: ...
     def get(self, name: str) -> Tensor: ...
+    def check(self) -> None: ...
     def drop(self) -> None: ...
 
 
@@ -84,11 +85,13 @@ class Residence:
         self._live: dict[str, Tensor] = {}
         self._fingerprints: dict[str, tuple[int, float] | None] = {}
         self._armed = disarm_fused_encoders(model)
-        self._owners: dict[int, list[nn.Module]] = {}
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        #: The modules that hold each parameter; by name, so that it is right in a copy of the model, too.
+        self._owners: dict[str, list[nn.Module]] = {name: [] for name in names.values()}
         for module in model.modules():
             for parameter in module._parameters.values():
-                if parameter is not None:
-                    self._owners.setdefault(id(parameter), []).append(module)
+                if parameter is not None and id(parameter) in names:
+                    self._owners[names[id(parameter)]].append(module)
 
     def quantized(self) -> list[str]:
         """The names of the weights that are held in few bits, and so cannot train."""
@@ -102,7 +105,7 @@ class Residence:
     def compute_dtype(self, name: str, module: nn.Module) -> torch.dtype:
         """The dtype that a linear layer called `name` computes in."""
         own: torch.dtype | None = getattr(module, "compute_dtype", None)
-        return self.compute.get(f"{name}.weight") or own or self.dtype or torch.get_default_dtype()
+        return self.compute.get(f"{name}.weight") or self.dtype or own or torch.get_default_dtype()
 
     def held_dtype(self, compute: torch.dtype) -> torch.dtype:
         """The dtype in which a tensor that trains is held, where its layer computes in `compute`."""
@@ -116,9 +119,9 @@ class Residence:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.to(self.held_dtype(compute))
             if not self.pure:
-                for owner in self._owners[id(parameter)]:
+                for owner in self._owners[name]:
                     hold(owner, compute)
-            self._fingerprints[name] = _fingerprint(parameter)
+            self._fingerprints[name] = fingerprint(parameter)
 
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze these parameters: gradient freed, stored in the compute dtype, the rest in a carry."""
@@ -137,7 +140,7 @@ class Residence:
                 parameter.data, carry = narrow_with_carry(parameter.data, compute)
                 if not self.pure:
                     self.carries[name] = carry
-            for owner in self._owners[id(parameter)]:
+            for owner in self._owners[name]:
                 if not any(p is not None and p.requires_grad for p in owner._parameters.values()):
                     release(owner)
 
@@ -159,6 +162,11 @@ class Residence:
         if self.kept is not None and name not in self.kept:
             self.copy_to(self.kept, name)
 
+    def check_kept(self) -> None:
+        """Find out whether all copies are there, before anything is given back from them."""
+        if self.kept is not None:
+            self.kept.check()
+
     def edit(self, names: Iterable[str], *, kept: Keep | None = None) -> None:
         """Say that these frozen parameters are about to be written into; call it before.
 
@@ -174,7 +182,7 @@ class Residence:
     def written_in_training(self, names: Iterable[str]) -> list[str]:
         """Those of the parameters that something was written into since they began to train."""
         marks = self._fingerprints
-        return [name for name in names if name in marks and _fingerprint(self.parameters[name]) != marks[name]]
+        return [name for name in names if name in marks and fingerprint(self.parameters[name]) != marks[name]]
 
     def changed(self) -> list[str]:
         """The parameters that were written into, by training or by `edit`."""
@@ -204,7 +212,8 @@ class Residence:
             for key, tensor in self._stored(name).items():
                 assert self.kept is not None
                 self._live[key] = tensor.data
-                tensor.data = self.kept.get(key).to(tensor.device, tensor.dtype)
+                # A copy of the copy: whoever writes into what is shown must not write into what is kept.
+                tensor.data = self.kept.get(key).to(tensor.device, tensor.dtype, copy=True)
 
     def hide_base(self) -> None:
         """Put back what `show_base` took away."""
@@ -263,7 +272,7 @@ class Residence:
             parameter.data = parameter.data.to(dtypes[name])
             parameter.grad = None
             parameter.requires_grad_(self._plain[name][1])
-            for owner in self._owners[id(parameter)]:
+            for owner in self._owners[name]:
                 release(owner)
         for module, attribute, value in self._armed:
             setattr(module, attribute, value)

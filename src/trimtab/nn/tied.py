@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +18,32 @@ _FLAG = "tie_word_embeddings"
 def owners_of(model: nn.Module, parameter: Tensor) -> list[str]:
     """All names under which a model holds this parameter."""
     return [name for name, p in model.named_parameters(remove_duplicate=False) if p is parameter]
+
+
+@dataclass(frozen=True)
+class Parted:
+    """What tying a head again takes: names and numbers alone, which are as true of a copy of the model.
+
+    Attributes:
+        source, head: names of the embedding and of the head.
+        configs: which of the model's configs said that they were tied.
+        listed: the tied weights that the model listed.
+    """
+
+    source: str
+    head: str
+    configs: tuple[int, ...]
+    listed: tuple[tuple[str, str], ...]
+
+    def tie(self, model: nn.Module) -> None:
+        """Tie the two in `model`; the head's own weight is forgotten."""
+        source, head = model.get_submodule(self.source), model.get_submodule(self.head)
+        head.weight = source.weight
+        configs = _configs(model)
+        for at in self.configs:
+            setattr(configs[at], _FLAG, True)
+        if self.listed:
+            model.all_tied_weights_keys = dict(self.listed)  # type: ignore[assignment]
 
 
 def untie(model: nn.Module) -> Callable[[], None]:
@@ -31,9 +59,15 @@ def untie(model: nn.Module) -> Callable[[], None]:
         ConfigError: more than the head shares the embedding's weight, or the model reads its config's
             `tie_word_embeddings` when it computes, so that rewriting it would change the function.
     """
+    parted = part(model)
+    return _nothing if parted is None else partial(parted.tie, model)
+
+
+def part(model: nn.Module) -> Parted | None:
+    """As `untie`; what tying again takes is told as plain data, and None where nothing was tied."""
     source, head = (_module(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
     if source is None or head is None or source is head or head.weight is not source.weight:
-        return lambda: None
+        return None
     shared: Any = source.weight
     names = owners_of(model, shared)
     if len(names) > 2:
@@ -48,22 +82,20 @@ def untie(model: nn.Module) -> Callable[[], None]:
             f"untie: {reader.__name__}.forward reads config.{_FLAG}, so a model with parted weights would compute "
             "something else; leave the tied weight out of the targets"
         )
-    configs = [config for config in _configs(model) if getattr(config, _FLAG, False)]
+    configs = _configs(model)
+    tied = tuple(at for at, config in enumerate(configs) if getattr(config, _FLAG, False))
     listed: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-    for config in configs:
-        setattr(config, _FLAG, False)
+    for at in tied:
+        setattr(configs[at], _FLAG, False)
     if listed:
         model.all_tied_weights_keys = {k: v for k, v in listed.items() if k not in names}  # type: ignore[assignment]
+    called = {id(module): name for name, module in model.named_modules()}
+    return Parted(called[id(source)], called[id(head)], tied, tuple(listed.items()))
 
-    def tie_again() -> None:
-        head.weight = shared
-        for config in configs:
-            setattr(config, _FLAG, True)
-        if listed:
-            model.all_tied_weights_keys = listed  # type: ignore[assignment]
 
-    return tie_again
+def _nothing() -> None:
+    """Tie a model again that was not tied."""
 
 
 def _module(model: nn.Module, getter: str) -> Any:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.errors import CannotMerge
 from trimtab.nn.swap import Swapped
 
 #: Entries that a merge works on at a time (64 MiB in float64): a merge never holds a second copy of a weight.
@@ -45,9 +46,14 @@ def join(narrow: Tensor, carry: Tensor) -> Tensor:
     return (wide.view(torch.int32) + carry).view(torch.float32)
 
 
+def carry_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of the carry of a weight of `dtype`; None for a weight that has none."""
+    return {torch.bfloat16: torch.int16, torch.float16: torch.bfloat16}.get(dtype)
+
+
 def zero_carry(weight: Tensor) -> Tensor:
     """The carry of a weight that nothing was lost from, in host memory, pinned where the weight is on CUDA."""
-    dtype = torch.int16 if weight.dtype == torch.bfloat16 else torch.bfloat16
+    dtype = carry_dtype(weight.dtype)
     if weight.device.type == "meta":
         return torch.zeros(weight.shape, dtype=dtype, device="meta")
     return torch.zeros(weight.shape, dtype=dtype, device="cpu", pin_memory=weight.device.type == "cuda")
@@ -98,6 +104,10 @@ class Holder(abc.ABC):
     def write_rows(self, weight: Tensor, block: slice, value: Tensor) -> None:
         """Store a `value` (rows, in) of a block, rounded to nearest; what that loses is carried."""
 
+    def fault(self, weight: Tensor) -> str:
+        """Why the weight can be neither read nor written exactly; empty when it can."""
+        return ""
+
     def stored(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors that `write_rows` writes, by a suffix to the weight's name; "" is the weight itself."""
         return {"": weight}
@@ -143,6 +153,14 @@ class Dense(Holder):
     def grad_weight(self, x: Tensor, g: Tensor) -> Tensor:
         return x.t() @ g if self.transposed else g.t() @ x
 
+    def fault(self, weight: Tensor) -> str:
+        if self.carry is None or self.carry.dtype == carry_dtype(weight.dtype):
+            return ""
+        return (
+            f"was cast to {weight.dtype} after its adapter was attached, and the carry of what rounding lost is of "
+            "another dtype; cast it back, or give attach the dtype to compute in"
+        )
+
     def _by_output(self, stored: Tensor) -> Tensor:
         """A view of a weight or carry as (out, in)."""
         return stored.t() if self.transposed else stored
@@ -154,6 +172,8 @@ class Dense(Holder):
             yield slice(start, min(start + height, rows))
 
     def rows(self, weight: Tensor, block: slice) -> Tensor:
+        if fault := self.fault(weight):
+            raise CannotMerge(f"a weight {fault}")
         stored = self._by_output(weight)[block].contiguous()
         if self.carry is None:
             return stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)

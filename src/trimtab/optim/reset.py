@@ -59,14 +59,9 @@ def reset_state(
         TrimtabError: the optimizer has state, but none of it was touched.
         ConfigError: the optimizer's state has no two moments to prune.
     """
-    if mode == "none" or not optimizer.state:
-        return 0
-    touched, found = 0, 0
-    for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter)
-        if not state:
-            continue
-        found += 1
+    touched = 0
+    for name, parameter in _checked(optimizer, parameters, mode, ratio).items():
+        state = optimizer.state[parameter]
         if mode == "drop":
             touched += sum(state[key].numel() for key in _moment_keys(state, optimizer))
             if any(getattr(value, "is_paged", False) for value in state.values()):
@@ -76,14 +71,44 @@ def reset_state(
         else:
             betas = _betas(optimizer, parameter)
             touched += _prune(state, optimizer, name, mode, ratio, seed, betas, reference)
-    if found and not touched:
-        raise TrimtabError(f"the optimizer reset ({mode}) touched no element: reset_ratio = {ratio} rounds to none")
+    return touched
+
+
+def check_reset(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, mode: ResetMode, ratio: float = 0.9
+) -> None:
+    """Raise what `reset_state` would raise, and change nothing: whoever edits weights with it asks first."""
+    _checked(optimizer, parameters, mode, ratio)
+
+
+def _checked(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], mode: ResetMode, ratio: float
+) -> dict[str, nn.Parameter]:
+    """The parameters that there is something to forget of, by name; empty where nothing is to be done."""
+    if mode == "none" or not optimizer.state:
+        return {}
+    found = {name: parameter for name, parameter in parameters.items() if optimizer.state.get(parameter)}
     if not found:
         raise TrimtabError(
             f"the optimizer reset ({mode}) touched no element: the optimizer has no state for "
             f"{next(iter(parameters), 'any adapter')}; build it from adapter.parameter_groups()"
         )
-    return touched
+    touched = 0
+    for parameter in found.values():
+        state = optimizer.state[parameter]
+        entries = [state[key].numel() for key in _moment_keys(state, optimizer)]
+        if mode != "drop":
+            _betas(optimizer, parameter)
+            entries = [n - _kept_of(n, ratio) for n in entries]
+        touched += sum(entries)
+    if not touched:
+        raise TrimtabError(f"the optimizer reset ({mode}) touched no element: reset_ratio = {ratio} rounds to none")
+    return found
+
+
+def _kept_of(entries: int, ratio: float) -> int:
+    """How many of so many entries a pruning mode keeps."""
+    return round((1.0 - ratio) * entries)
 
 
 def _moment_keys(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> tuple[str, str]:
@@ -149,7 +174,7 @@ def _prune(
 def _keep_mask(like: Tensor, score: Tensor | None, ratio: float, key: Sequence[object]) -> Tensor:
     """True for exactly round((1 - ratio) n) entries, whichever of equal scores; any size."""
     n = like.numel()
-    kept = round((1.0 - ratio) * n)
+    kept = _kept_of(n, ratio)
     if score is None:
         digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
