@@ -34,7 +34,8 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 _MANUAL = """Train large Transformers through small updates.
 
 Trimtab pre-trains language models with ReLoRA (high-rank training through a sequence of low-rank
-updates, arXiv 2307.05695), with plain LoRA, or in full, and leaves a folder with a model that
+updates, arXiv 2307.05695), in full, or with any of its other methods (LoRA, AdaLoRA, VeRA, (IA)3,
+BitFit, bottleneck adapters, prompt and prefix tuning), and leaves a folder with a model that
 Hugging Face transformers loads and a report to look at.
 
 \b
@@ -56,6 +57,7 @@ CONFIGURATION
 \b
 EXIT STATUS
   0    the command did what it was asked for
+  1    a fault of the program, with a traceback; please report it
   2    something is wrong that you can mend: one line on standard error says what
   130  Ctrl-C; pretrain writes a last checkpoint first (a second Ctrl-C leaves at once)
   143  SIGTERM, as when a job scheduler ends a job; pretrain writes a last checkpoint first
@@ -65,7 +67,8 @@ _PRETRAIN = """Pre-train a causal language model, from random weights or from a 
 
 Text is turned into a store of tokens first, unless that is there already. Then the model trains,
 with restarts, evaluations and checkpoints as configured. At the end the update is merged into the
-weights, the merged model is evaluated and saved, and a report is written.
+weights, the merged model is evaluated and saved, and a report is written. A method that has no
+merged form (bottleneck, prompt, prefix, BitFit's add_bias) leaves its adapter beside the base.
 
 \b
 ARGUMENTS
@@ -89,13 +92,16 @@ FILES
   runs/NAME/config.yaml     the resolved configuration; it repeats the run
   runs/NAME/metrics.jsonl   one JSON object a logged step; restarts and evaluations are events in it
   runs/NAME/checkpoints/    the newest ones; each is written whole or not at all
-  runs/NAME/model/          the merged model and its tokenizer, for AutoModelForCausalLM
+  runs/NAME/model/          the merged model and its tokenizer, for AutoModelForCausalLM; for a
+                            method without a merged form the base, beside adapter/
+  runs/NAME/adapter/        the adapter of such a method, for trimtab.load_adapter
   runs/NAME/report.html     curves, schedule, memory, spectrum of the update; needs no network
   runs/tokens/              token stores, shared by the runs of one `out` folder
 
 \b
 EXIT STATUS
   0    the run is complete, or stopped at train.stop_at
+  1    a fault of the program, with a traceback; please report it
   2    something is wrong that you can mend: one line on standard error says what
   130  Ctrl-C, after a last checkpoint (a second Ctrl-C leaves at once)
   143  SIGTERM, after a last checkpoint
@@ -120,6 +126,7 @@ FILES
 \b
 EXIT STATUS
   0    the store is complete
+  1    a fault of the program, with a traceback; please report it
   2    something is wrong that you can mend: one line on standard error says what
   130, 143  Ctrl-C, SIGTERM; what is done so far is kept
 """

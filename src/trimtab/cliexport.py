@@ -29,7 +29,7 @@ ARGUMENTS
   BASE     the checkpoint: a folder, or a name on the Hugging Face hub
   ADAPTER  an adapter folder (adapter_config.json, adapter_model.safetensors), written by trimtab
            or by PEFT, of any method that has a merged form
-  OUT      the new folder; it must not exist, or be empty
+  OUT      the new folder, outside those two; it must not exist, or be empty
 
 \b
 EXAMPLES
@@ -50,6 +50,7 @@ TIED WEIGHTS
 \b
 EXIT STATUS
   0    OUT is complete
+  1    a fault of the program, with a traceback; please report it
   2    something is wrong that you can mend: one line on standard error says what
   130  Ctrl-C; nothing is left of OUT
 """
@@ -66,6 +67,9 @@ full beside it; what has no place in an adapter file is named.
 \b
 With --gguf: a file for llama.cpp. SOURCE is a model (LLaMA, Mistral, Qwen 2, Qwen 3), or an
 adapter folder with a LoRA for one of them.
+
+A run whose method has no merged form (bottleneck, prompt, prefix, BitFit's add_bias) is refused by
+both: its adapter/ has no place in either result, and model/ is not all that it learned.
 
 \b
 ARGUMENTS
@@ -89,6 +93,7 @@ FILES
 \b
 EXIT STATUS
   0    OUT is complete
+  1    a fault of the program, with a traceback; please report it
   2    something is wrong that you can mend: one line on standard error says what
   130  Ctrl-C; nothing is left of OUT
 """
@@ -211,6 +216,9 @@ def _gguf(folder: Path, source: str, out: Path, base: str | None, dtype: Dtype |
     if base is not None:
         raise ConfigError(f"--base goes with an adapter folder, and {source} holds no {CONFIG_FILE}")
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        from trimtab.export.sources import refuse_unmerged
+
+        refuse_unmerged(folder, "a file for llama.cpp would leave it out")
         source = str(folder / "model")
     tensors = export_model(source, out, _torch_dtype(dtype))
     typer.echo(f"{out}: a model of {tensors:,} tensors")

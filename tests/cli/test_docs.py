@@ -123,3 +123,17 @@ def test_every_link_of_the_pages_leads_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "docs" / "cli.md", ROOT / "docs" / "config.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_manuals_name_all_methods_statuses_and_folders() -> None:
+    """`trimtab --help`, the commands' pages and docs/cli.md agree with what there is."""
+    from trimtab import cli, cliexport
+
+    words = {"adalora": "AdaLoRA", "bottleneck": "bottleneck", "ia3": "(IA)3", "vera": "VeRA", "full": "in full"}
+    words |= {"bitfit": "BitFit", "lora": "LoRA", "prefix": "prefix", "prompt": "prompt", "relora": "ReLoRA"}
+    assert set(words) == set(registry())
+    assert all(word in cli._MANUAL for word in words.values())
+    for page in (cli._MANUAL, cli._PRETRAIN, cli._TOKENIZE, cliexport.MERGE, cliexport.EXPORT):
+        assert re.search(r"\n  1    a fault of the program", page)
+    assert "runs/NAME/adapter/" in cli._PRETRAIN
+    assert "| `adapter/` |" in (ROOT / "docs" / "cli.md").read_text()

@@ -64,6 +64,34 @@ def linked_tokenizer(folder: Path) -> None:
     (folder / "base" / "tokenizer.json").symlink_to(folder / "secret.json")
 
 
+def adapter_link(folder: Path) -> None:
+    (folder / "adapter" / "adapter_model.safetensors").rename(folder / "elsewhere.safetensors")
+    (folder / "adapter" / "adapter_model.safetensors").symlink_to("../elsewhere.safetensors")
+
+
+def nul_in_a_name(folder: Path) -> None:
+    remap(folder, "a\0b.safetensors")
+
+
+def long_name(folder: Path) -> None:
+    remap(folder, "a" * 300 + ".safetensors")
+
+
+def one_architecture(folder: Path) -> None:
+    change(folder / "base" / "config.json", architectures="LlamaForCausalLM")
+
+
+def architecture_number(folder: Path) -> None:
+    change(folder / "base" / "config.json", architectures=[5])
+
+
+def old_names(folder: Path) -> None:
+    file = folder / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.gamma"] = tensors.pop("model.norm.weight")
+    save_file(tensors, file)
+
+
 def missing_shard(folder: Path) -> None:
     shard(folder)
     next((folder / "base").glob("model-00002*")).unlink()
@@ -171,6 +199,9 @@ WRONG = [
     (unknown_class, "has no model class 'MyLlama'"), (not_a_model_class, "has no model class 'pipeline'"),
     (quantised, "holds quantised weights"), (no_config, "config.json is missing"), (no_base, "there is no folder"),
     (truncated_adapter, "adapter_model.safetensors is damaged"), (no_adapter, "adapter_config.json is missing"),
+    (adapter_link, "leads out of the folder"), (nul_in_a_name, "can be no file's name"),
+    (long_name, "can be no file's name"), (one_architecture, "architectures = 'LlamaForCausalLM'"),
+    (architecture_number, r"architectures = \[5\]"), (old_names, "save_pretrained first"),
     (newer_peft, "TOMORROW"), (out_in_use, "exists and is not empty"), (out_is_a_file, "exists and is no folder"),
 ]  # fmt: skip
 
@@ -186,6 +217,35 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(spoil: object, message: str
         merged(tmp_path)
     assert "\n" not in str(said.value)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_too_large_for_fp16_is_refused(tmp_path: Path) -> None:
+    """An entry of 1e6, in a weight that the adapter changes or in another one, is no infinity in the result."""
+    save(tiny_llama().bfloat16(), tmp_path / "base")
+    trained_adapter("llama", tmp_path / "base", tmp_path / "adapter")
+    plain = load_file(tmp_path / "base" / "model.safetensors")
+    merged(tmp_path, dtype=torch.float16)
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        tensors = {key: tensor.clone() for key, tensor in plain.items()}
+        tensors[name][-1] = 1e6
+        save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(trimtab.CheckpointError, match=rf"{name} has entries too large for fp16.*--dtype bf16"):
+            merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", dtype=torch.float16)
+        assert not (tmp_path / "half").exists()
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / name, dtype=torch.bfloat16)
+
+
+def test_paths_are_texts_or_paths_and_out_lies_in_neither_source(tmp_path: Path) -> None:
+    """Plain strings do; an OUT in the base's or the adapter's folder is refused, through a link as well."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save(tiny_llama(), base)
+    trained_adapter("llama", base, adapter)
+    (tmp_path / "link").symlink_to(base)
+    for out in (base / "sub", adapter / "sub", tmp_path / "link" / "sub"):
+        with pytest.raises(trimtab.ConfigError, match="lies in the folder of the"):
+            merge_checkpoint(str(base), str(adapter), str(out))
+        assert not out.exists()
+    assert merge_checkpoint(str(base), str(adapter), str(tmp_path / "out")).changed
 
 
 def test_a_hub_name_without_a_network_says_so(tmp_path: Path) -> None:
@@ -255,4 +315,6 @@ def test_a_full_disk_or_an_interruption_leaves_nothing(
     (tmp_path / ".out.tmp").mkdir()
     (tmp_path / ".out.tmp" / "torn").touch()
     merged(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.tmp", "adapter", "base", "out"]
+    assert (tmp_path / ".out.tmp" / "torn").is_file()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "base").stat().st_mode

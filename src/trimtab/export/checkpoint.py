@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError, ConfigError
+from trimtab.inside import inside
 from trimtab.quiet import quiet_libraries
 from trimtab.train.tensorfile import DTYPES
 
@@ -33,6 +34,9 @@ SIDE_FILES = (
     "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
     "processor_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
 )  # fmt: skip
+
+#: What layer norms called their parameters in the first checkpoints.
+_OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -106,12 +110,12 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise ConfigError(f"{name} is a file; give the folder that holds config.json and {SINGLE}")
     if not folder.is_dir():
         folder = _from_hub(name)
-    config = _read_json(_inside(folder, "config.json"), f"{name} is no model folder")
+    config = _read_json(inside(folder, "config.json"), f"{name} is no model folder")
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"{name} holds quantised weights; take the plain checkpoint that it was made from")
     index = folder / INDEX
     if index.is_file():
-        weight_map = _read_weight_map(_inside(folder, INDEX), folder)
+        weight_map = _read_weight_map(inside(folder, INDEX), folder)
         files = tuple(sorted(set(weight_map.values())))
     elif (folder / SINGLE).is_file():
         weight_map, files = None, (SINGLE,)
@@ -121,7 +125,7 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise CheckpointError(f"{name} holds {kind}; it needs {SINGLE}")
     tensors: dict[str, Stored] = {}
     for file in files:
-        for key, place in _read_header(_inside(folder, file), file).items():
+        for key, place in _read_header(inside(folder, file), file).items():
             if key in tensors:
                 raise CheckpointError(f"{name}: the tensor {key} is in two files, {tensors[key].file} and {file}")
             tensors[key] = place
@@ -140,7 +144,7 @@ def side_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: one leads out of the folder.
     """
-    return [_inside(folder, name) for name in SIDE_FILES if (folder / name).is_file()]
+    return [inside(folder, name) for name in SIDE_FILES if (folder / name).is_file()]
 
 
 def meta_model(folder: Path, label: str, *, tied: bool | None = None) -> nn.Module:
@@ -156,6 +160,9 @@ def meta_model(folder: Path, label: str, *, tied: bool | None = None) -> nn.Modu
     """
     import transformers
 
+    given = _read_json(inside(folder, "config.json"), f"{label} is no model folder").get("architectures")
+    if given is not None and not (isinstance(given, list) and all(isinstance(one, str) for one in given)):
+        raise CheckpointError(f"{label}: architectures = {given!r} in its config.json is no list of class names")
     try:
         with quiet_libraries(), torch.device("meta"):
             config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
@@ -196,6 +203,13 @@ def model_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     for name, place in checkpoint.tensors.items():
         wanted = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in shapes), None)
         if wanted is None:
+            owner, _, leaf = name.rpartition(".")
+            renamed = f"{owner}.{_OLD_NAMES.get(leaf, leaf)}"
+            if renamed != name and any(n in shapes for n in (renamed, prefix + renamed, renamed.removeprefix(prefix))):
+                raise CheckpointError(
+                    f"{checkpoint.name}: {name} is an old name, which transformers reads as {renamed}; load the model "
+                    "with from_pretrained and write it with save_pretrained first, and take that folder"
+                )
             continue
         if wanted in found.values():
             raise CheckpointError(f"{checkpoint.name} holds {wanted} twice, the second time as {name}")
@@ -260,7 +274,7 @@ def open_config(name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _from_hub(name, ("config.json",))
-    _read_json(_inside(folder, "config.json"), f"{name} is no model folder")
+    _read_json(inside(folder, "config.json"), f"{name} is no model folder")
     return folder
 
 
@@ -279,24 +293,6 @@ def _from_hub(name: str, files: Sequence[str] = (*SIDE_FILES, SINGLE, INDEX, "mo
                 f"{name} is no folder, and the hub cannot be reached; give a local folder, or go online once"
             ) from error
         raise ConfigError(f"{name} is no folder, and the hub does not give it: {text}") from error
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A file of a folder that really lies in it.
-
-    The hub's cache holds a snapshot as links into `blobs` beside it; those are its own files.
-
-    Raises:
-        CheckpointError: the name or a link leads elsewhere.
-    """
-    path = folder / name
-    home = folder.resolve()
-    roots = [home]
-    if home.parent.name == "snapshots" and (home.parent.parent / "blobs").is_dir():
-        roots.append(home.parent.parent / "blobs")
-    if Path(name).name != name or not any(path.resolve().is_relative_to(root) for root in roots):
-        raise CheckpointError(f"{folder}: {name!r} leads out of the folder, so it is not read")
-    return path
 
 
 def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
@@ -318,7 +314,7 @@ def _read_weight_map(path: Path, folder: Path) -> dict[str, str]:
     for file in sorted(set(weight_map.values())):
         if Path(file).suffix != ".safetensors":
             raise CheckpointError(f"{path} names {file!r}; only .safetensors files are read")
-        if not _inside(folder, file).is_file():
+        if not inside(folder, file).is_file():
             raise CheckpointError(f"{folder} lacks {file}, which {INDEX} names")
     return weight_map
 

@@ -1,9 +1,14 @@
-"""A folder that appears whole or not at all: written under a temporary name beside its place, then renamed."""
+"""A folder or file that appears whole or not at all: made in a new hidden folder beside its place, then renamed.
+
+The hidden folder has a name that nobody could foresee, so nothing of others is written into or deleted. What a kill
+leaves of it stays, for the same reason.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +42,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
         CheckpointError: it cannot be written (disk full, no permission).
     """
     refuse_used(out)
-    temporary = out.absolute().with_name(f".{out.absolute().name}.tmp")
+    temporary = out.absolute()
     try:
         try:
-            if temporary.exists():  # what a kill left
-                shutil.rmtree(temporary)
+            temporary = hidden_folder(out) / "out"
             temporary.mkdir()
             yield temporary
             for path in temporary.iterdir():
@@ -60,7 +64,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
                 "place, and try again"
             ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary != out.absolute():
+            shutil.rmtree(temporary.parent, ignore_errors=True)
+
+
+def hidden_folder(out: Path) -> Path:
+    """A new folder of ours alone beside `out`; what is made in it has the permissions that anything new has."""
+    place = out.absolute()
+    return Path(tempfile.mkdtemp(prefix=f".{place.name[:40]}.", suffix=".tmp", dir=place.parent))
 
 
 def _sync(path: Path) -> None:

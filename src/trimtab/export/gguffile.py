@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import CheckpointError, ConfigError
+from trimtab.export.folder import hidden_folder
 from trimtab.export.ggufnames import gguf_package
 
 #: llama.cpp's numbers for what most of a file's tensors are.
@@ -57,9 +59,10 @@ def write_gguf(
         torch.float16: gguf.GGMLQuantizationType.F16,
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,
     }
-    temporary = out.with_name(f".{out.name}.tmp")
-    writer = gguf.GGUFWriter(None, arch)
+    writer, hidden = gguf.GGUFWriter(None, arch), None
     try:
+        hidden = hidden_folder(out)
+        temporary = hidden / "out"
         describe(writer)
         for name, (dtype, shape) in kinds.items():
             size = int(np.prod(shape)) * dtype.itemsize
@@ -85,7 +88,8 @@ def write_gguf(
         ) from error
     finally:
         writer.close()
-        temporary.unlink(missing_ok=True)
+        if hidden is not None:
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,8 @@ from trimtab.errors import CheckpointError, ConfigError
 from trimtab.export.checkpoint import meta_model, open_config, ties
 from trimtab.export.gguffile import FILE_TYPES, refuse_used_file, write_gguf
 from trimtab.export.ggufnames import Names
+from trimtab.methods.bitfit import FILE_TYPE
+from trimtab.methods.bottleneck import KIND
 from trimtab.methods.folder import read_adapter_folder
 
 _WAY_OUT = "merge it with trimtab merge, and export the merged model"
@@ -87,6 +89,11 @@ def export_lora(source: Path, out: Path, base: str | None = None, dtype: torch.d
 
 def _check(saved: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path) -> None:
     """Refuse what llama.cpp does not compute."""
+    if reason := _unmergeable(saved):
+        raise CheckpointError(
+            f"{source} cannot be used in llama.cpp: {reason}, and llama.cpp's adapters are LoRA alone; use it through "
+            "trimtab.load_adapter"
+        )
     if saved.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{source} is an adapter of the kind {saved.get('peft_type')!r}; llama.cpp knows LoRA alone: {_WAY_OUT}, "
@@ -99,12 +106,29 @@ def _check(saved: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path
         pattern = saved.get(key) or {}
         if not isinstance(pattern, dict) or not all(isinstance(v, int | float) and v > 0 for v in pattern.values()):
             raise CheckpointError(f"{source}: {key} = {pattern!r} in its config is no table of numbers above 0")
+        for expression in pattern:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise CheckpointError(f"{source}: {key}: {expression!r} is no regular expression: {error}") from None
     for key, value in saved.items():
         if value and key not in _HONOURED | _IDLE and not (key == "bias" and value == "none"):
             raise CheckpointError(f"{source}: {key} = {value!r} is nothing that llama.cpp's adapters have; {_WAY_OUT}")
     for name in tensors:
         if not re.search(r"\.lora_[AB]\.weight$", name):
             raise CheckpointError(f"{source} holds {name}, for which llama.cpp's adapters have no place; {_WAY_OUT}")
+
+
+def _unmergeable(saved: Mapping[str, Any]) -> str:
+    """Why an adapter of this kind has no merged form; empty for one that has."""
+    kind = saved.get("peft_type")
+    if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        return "its virtual tokens are no part of any weight"
+    if kind is None and saved.get(KIND) == "bottleneck":
+        return "a bottleneck has an activation between its matrices"
+    if kind == FILE_TYPE and saved.get("add_bias"):
+        return "add_bias gave biases to layers that have none"
+    return ""
 
 
 def _pairs(tensors: Mapping[str, Tensor], model: nn.Module, source: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import CheckpointError
+from trimtab.errors import CheckpointError, ConfigError
 from trimtab.export.checkpoint import (
     INDEX,
     Checkpoint,
@@ -35,6 +35,7 @@ from trimtab.export.checkpoint import (
 )
 from trimtab.export.folder import refuse_used, whole_folder
 from trimtab.methods import Adapter, load_adapter
+from trimtab.methods.foldercheck import finite
 from trimtab.train.tensorfile import stream_tensors
 
 _TIE = "tie_word_embeddings"
@@ -58,9 +59,9 @@ class Merged:
 
 
 def merge_checkpoint(
-    base: str,
-    adapter: Path,
-    out: Path,
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
     *,
     dtype: torch.dtype | None = None,
     untie: bool = False,
@@ -82,8 +83,12 @@ def merge_checkpoint(
             `out` cannot be written.
         CannotMerge: the adapter's method has no merged form.
     """
+    adapter, out = Path(adapter), Path(out)
     refuse_used(out)
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_checkpoint(str(base))
+    for what, given in (("the base", checkpoint.folder), ("the adapter", adapter)):
+        if out.resolve().is_relative_to(given.resolve()):
+            raise ConfigError(f"{out} lies in the folder of {what}, {given}; choose a place outside it")
     model = mapped_model(checkpoint)
     live = load_adapter(model, adapter)
     merge = _Merge(checkpoint, model, live, dtype)
@@ -213,11 +218,21 @@ class _Merge:
     def _merged(self, name: str | None, before: Tensor) -> Tensor:
         """The merged value of a parameter, rounded once to the dtype wanted."""
         target = self._target(before.dtype)
-        if name is None or not before.is_floating_point():
-            return before.to(target)
-        wide = before.to(torch.promote_types(before.dtype, target))
-        with torch.no_grad():
-            return self._adapter.merged_tensor(self._first.get(name, name), wide).to(target)
+        if not before.is_floating_point():
+            return before
+        if name is None:
+            after = before.to(target)
+        else:
+            wide = before.to(torch.promote_types(before.dtype, target))
+            with torch.no_grad():
+                after = self._adapter.merged_tensor(self._first.get(name, name), wide).to(target)
+        if after is not before and not finite(after) and finite(before):
+            kind = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(target, str(target).removeprefix("torch."))
+            raise CheckpointError(
+                f"{self._checkpoint.name}: {name or 'a tensor'} has entries too large for {kind} once it is merged "
+                f"(the base's go up to {float(before.abs().max()):.3g}); take --dtype bf16"
+            )
+        return after
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

@@ -146,6 +146,8 @@ def find_update(source: str, base: str | None) -> Update:
         raise ConfigError(
             f"{source} has no model/ yet, since the run has not ended; go on with trimtab pretrain --resume {source}"
         )
+    if config is not None:
+        refuse_unmerged(run, "model/ lacks it, and no LoRA could stand for it")
     checkpoint = open_checkpoint(source if config is None else str(run / "model"))
     model = meta_model(checkpoint.folder, checkpoint.name)
     end = InCheckpoint(checkpoint, model)
@@ -157,6 +159,19 @@ def find_update(source: str, base: str | None) -> Update:
     if config.model.name in PRESETS:
         return Update(model, Drawn(model, config.seed), end, switch)
     return Update(model, _start(config.model.name, model), end, switch)
+
+
+def refuse_unmerged(run: Path, why: str) -> None:
+    """Refuse a run whose method has no merged form: it left its adapter beside the model.
+
+    Raises:
+        ConfigError: `run` holds adapter/.
+    """
+    if (run / "adapter").is_dir():
+        raise ConfigError(
+            f"{run}: the run's adapter has no merged form, so {why}; use trimtab.load_adapter(model, "
+            f"'{run / 'adapter'}') on the model in {run / 'model'}"
+        )
 
 
 def _start(base: str, model: nn.Module) -> Weights:

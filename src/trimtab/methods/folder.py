@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError
+from trimtab.inside import inside
+from trimtab.methods.foldercheck import check_fields, check_values, covers
 from trimtab.nn.inject import is_linear
 from trimtab.nn.weights import holder_of
 
@@ -82,11 +84,13 @@ class SavedAdapter:
         Args:
             suffixes: endings of PEFT's names and what ours have instead: {".lora_A.weight": ".lora_A"}.
             required: names that must be there.
-            known: all names that may be there, with what they are on the model.
+            known: all names that may be there, with what they are on the model. What is not required is the
+                base's, and may be there only where the config covers it, or as a copy of what the base has.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown, of another shape, of integers, or not finite.
+            CheckpointError: a tensor is missing, unknown, of another shape, or the base's and not covered.
         """
+        required = list(required)
         named = {}
         for name, tensor in self.tensors.items():
             ending = next((end for end in suffixes if name.endswith(end)), "")
@@ -95,24 +99,29 @@ class SavedAdapter:
         unknown = [name for name in named if name not in known]
         if missing or unknown:
             name, what = (missing[0], "lacks") if missing else (unknown[0], "has, but the model lacks,")
-            raise CheckpointError(f"the adapter is of another base: it {what} {name}")
+            raise CheckpointError(f"the adapter is damaged, or of another base: it {what} {name}")
         for name, tensor in named.items():
             if known[name].shape != tensor.shape:
                 raise CheckpointError(
                     f"the adapter is of another base: {name} is {tuple(tensor.shape)} in the file and "
                     f"{tuple(known[name].shape)} in the model"
                 )
-            if not tensor.is_floating_point():
+        own = set(required)
+        idle = [n for n in named if n not in own and not known[n].requires_grad and not covers(self.config, n, own)]
+        for name in idle:
+            # PEFT writes the embeddings of a model whose vocabulary it saw grow, trained or not.
+            if not _is_copy(named.pop(name), known[name]):
                 raise CheckpointError(
-                    f"the adapter is damaged: {name} is of {tensor.dtype} in the file, and only floating-point numbers "
-                    "can be read; save it anew from the model that it was trained in"
-                )
-            if not tensor.float().isfinite().all():
-                raise CheckpointError(
-                    f"the adapter is damaged: {name} has entries in the file that are not finite; save it anew, from "
-                    "before its training diverged"
+                    f"the adapter's file would replace the base's {name}, and its config does not say that it trained "
+                    f"it; if it did, name {name.rpartition('.')[0]!r} in the config's modules_to_save; if not, take "
+                    "the tensor out of the file"
                 )
         return named
+
+
+def _is_copy(stored: Tensor, own: Tensor) -> bool:
+    """Whether a file's tensor is what the base has."""
+    return own.device.type != "meta" and torch.equal(own.detach().cpu(), stored.to(own.dtype))
 
 
 def refuse_unknown(saved: dict[str, Any], known: Set[str]) -> None:
@@ -171,15 +180,20 @@ def read_adapter_folder(path: Path) -> SavedAdapter:
     """Read an adapter folder.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing, damaged or leads out of the folder, or a field is not of its kind.
     """
-    config_file, tensor_file = path / CONFIG_FILE, path / TENSOR_FILE
+    if not path.is_dir():
+        what = "is a file; give the folder that holds it" if path.is_file() else "there is no such folder"
+        raise CheckpointError(
+            f"{path}: {what}; adapters are not looked up on the hub (huggingface_hub.snapshot_download fetches one)"
+        )
+    config_file, tensor_file = inside(path, CONFIG_FILE), inside(path, TENSOR_FILE)
     for file in (config_file, tensor_file):
         if not file.is_file():
             raise CheckpointError(f"{path} is no adapter folder: {file.name} is missing")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{config_file} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_file} is not a JSON object")
@@ -187,10 +201,15 @@ def read_adapter_folder(path: Path) -> SavedAdapter:
         with safe_open(tensor_file, "pt") as opened:
             tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             extra = json.loads((opened.metadata() or {}).get(OURS, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{tensor_file} is damaged: {error}") from None
     if not isinstance(extra, dict):
         raise CheckpointError(f"{tensor_file} is damaged: its metadata {OURS!r} is no JSON object")
+    try:
+        check_fields(config)
+        check_values(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     return SavedAdapter(config, tensors, extra)
 
 

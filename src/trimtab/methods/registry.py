@@ -14,6 +14,7 @@ from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.attached import activate, record_of
 from trimtab.methods.base import REGISTRY, Adapter, Method
 from trimtab.methods.folder import read_adapter_folder
+from trimtab.methods.foldercheck import PEFT_TYPES
 from trimtab.methods.oneline import misfit
 
 
@@ -113,7 +114,7 @@ def load_adapter(
                     activate(model, before)
                 raise
             return adapter
-    kind = saved.config.get("peft_type")
     raise CheckpointError(
-        f"{path}: no known method has peft_type {kind!r}; known methods: {', '.join(sorted(REGISTRY))}"
+        f"{path}: peft_type {saved.config.get('peft_type')!r} is of no known method; those known are "
+        f"{', '.join(PEFT_TYPES)}, and trimtab's own"
     )

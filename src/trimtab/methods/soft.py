@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import Adapter, Method
 from trimtab.methods.folder import SavedAdapter, refuse_unknown
+from trimtab.methods.foldercheck import HEADS
 from trimtab.methods.frozen import FrozenBase, FrozenBaseAdapter
 from trimtab.nn.residence import Residence
 from trimtab.nn.virtual import VirtualTokens, position_limit, qualified
@@ -30,13 +31,6 @@ FIELDS = frozenset(
     {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
     | {"modules_to_save"}
 )
-
-#: Heads that PEFT's wrapper of a task trains unasked, and misses in a file without them, by their last name parts.
-HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 class SoftPrompt(FrozenBase):
