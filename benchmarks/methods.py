@@ -307,19 +307,22 @@ def step_table(names: list[tuple[str, str | None]], shape: Shape, rank: int, opt
     return markdown_table(header, lines)
 
 
-def rows_of_steps() -> list[tuple[str, str | None]]:
+def rows_of_steps(methods: list[str]) -> list[tuple[str, str | None]]:
+    """The rows of the step table, each with the row that it is compared with."""
     names: list[tuple[str, str | None]] = []
-    for row in PAIRS:
+    for row in (pair for pair in PAIRS if pair in methods):
         names += [(f"peft {row}", None), (f"trimtab {row}", f"peft {row}")]
         if row in (PAIRS[0], PAIRS[3]):
             names.insert(-1, (f"peft {row}, our loss", f"peft {row}"))
-    return [*names, *((f"trimtab {row}", None) for row in ALONE)]
+    return [*names, *((f"trimtab {row}", None) for row in ALONE if row in methods)]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = ("saved", "step", "qlora")
     parser.add_argument("--tables", nargs="+", choices=tables, default=list(tables), metavar="TABLE")
+    every = [*PAIRS, *ALONE]
+    parser.add_argument("--methods", nargs="+", choices=every, default=every, metavar="ROW", help="; ".join(every))
     parser.add_argument("--quick", action="store_true", help="toy shapes in one round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of one thread instead of wall time")
@@ -340,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "saved" in options.tables:
         print(f"\n{saved_table(options.quick)}")
     if "step" in options.tables:
-        print(f"\n{step_table(rows_of_steps(), shape, rank, options)}")
+        print(f"\n{step_table(rows_of_steps(options.methods), shape, rank, options)}")
     if "qlora" in options.tables:
         rows: list[tuple[str, str | None]] = [("peft QLoRA r=8", None), ("peft QLoRA r=8, our loss", "peft QLoRA r=8")]
         rows.append(("trimtab QLoRA r=8", "peft QLoRA r=8"))

@@ -67,3 +67,26 @@ def test_step_benchmark_prints_its_table(script: ModuleType, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert "| trimtab ReLoRA r=128 " in printed
     assert "One restart of ReLoRA takes" in printed
+
+
+@needs_peft
+@pytest.mark.parametrize("script", ["methods"], indirect=True)
+def test_saved_bytes_stay_within_what_the_docs_say(script: ModuleType) -> None:
+    """At the shapes of the table: LoRA 0.20 and 0.65 of peft's bytes, VeRA 0.05 and 0.42."""
+    for row, group, block in (("LoRA r=8", 0.20, 0.65), ("VeRA r=256", 0.05, 0.42)):
+        for measure, bound in ((script.group_bytes, group), (script.block_bytes, block)):
+            mine, other = (measure(row, peft_row, 1024, 256) for peft_row in (False, True))
+            assert mine <= bound * other, (row, measure)
+
+
+@needs_peft
+@pytest.mark.parametrize("script", ["methods"], indirect=True)
+def test_every_row_of_the_method_benchmark_trains(script: ModuleType) -> None:
+    """Each row, ours and peft's, steps twice to finite losses; those that start at the base start at one loss."""
+    elsewhere = ("prompt", "prefix")
+    names = [name for name, _ in script.rows_of_steps([*script.PAIRS, *script.ALONE])]
+    first = {name: script.Row(name, script.QUICK, 32) for name in names}
+    losses = {name: (row.step(), row.step()) for name, row in first.items()}
+    assert all(loss == loss and loss < 100 for pair in losses.values() for loss in pair)
+    starts = [pair[0] for name, pair in losses.items() if not any(word in name for word in elsewhere)]
+    assert max(starts) - min(starts) < 2e-2
