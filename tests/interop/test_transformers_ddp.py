@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ class Tilted(trimtab.ReLoRA):
         return adapter
 
 
-def run(rank: int, world: int, folder: str, tilted: bool) -> None:
+def run(rank: int, world: int, folder: str, tilted: bool, port: int) -> None:
     """Train, and store all parameters; the sum of the micro-batches of a step is the same for 1 and 2 processes."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getppid() % 20000)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     kind = Tilted if tilted else trimtab.ReLoRA
     config = kind(**relora().model_dump(exclude={"name"}))
     callback = TrimtabCallback(config, rewarm_steps=2, merge_at_end=False)
@@ -54,11 +55,15 @@ def run(rank: int, world: int, folder: str, tilted: bool) -> None:
     found = {name: p.detach() for name, p in trainer.model.named_parameters()}
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first rank holds the store that the others still talk to
         torch.distributed.destroy_process_group()
 
 
 def results(world: int, folder: Path, tilted: bool) -> list[dict[str, torch.Tensor]]:
-    mp.spawn(run, (world, str(folder), tilted), nprocs=world)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(run, (world, str(folder), tilted, port), nprocs=world)
     return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
