@@ -116,7 +116,7 @@ def test_pissa_whose_base_cannot_be_kept_leaves_the_model_free(dora: bool, tmp_p
     (tmp_path / "file").write_text("")
     model = tiny_llama()
     before, ids = copy.deepcopy(model), token_ids()
-    with pytest.raises(trimtab.CheckpointError, match=r"keep_base: .* cannot be written"):
+    with pytest.raises(trimtab.CheckpointError, match=r"keep_base.* cannot be written"):
         attached(model, trimtab.LoRA(rank=4, init="pissa", dora=dora), keep_base=tmp_path / "file" / "folder")
     assert same(model, before) and [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
     assert not trimtab.adapters(model) and all(p.requires_grad for p in model.parameters())

@@ -163,7 +163,9 @@ def test_without_a_master_a_swallowed_merge_is_refused_before_anything_is_writte
     stir(adapter, 0.01)
     before = tensors(model)
     optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-3))
-    optimizer.state[adapter.layers["model.layers.0.self_attn.q_proj"].lora_A]["step"] = torch.tensor(3.0)
+    a = adapter.layers["model.layers.0.self_attn.q_proj"].lora_A
+    moments = {"exp_avg": torch.ones_like(a), "exp_avg_sq": torch.ones_like(a)}
+    optimizer.state[a] = {"step": torch.tensor(3.0), **moments}
     adapter._last_step = 99
     with pytest.raises(
         CannotMerge, match=r"leave \d\.\d % of this merge .* than min_kept = 0.5; nothing was written"
