@@ -54,6 +54,7 @@ def theirs(family: str, kind: str) -> Any:
 @pytest.mark.parametrize("family", TASKS)
 def test_we_read_what_peft_wrote(family: str, kind: str, tmp_path: Path) -> None:
     """Logits of the batch's positions are bit-equal, with and without padding, classifiers included."""
+    peft = pytest.importorskip("peft")
     made = theirs(family, kind)
     if family == "bert":
         nn.init.normal_(made.base_model.classifier.modules_to_save["default"].weight)
@@ -61,8 +62,12 @@ def test_we_read_what_peft_wrote(family: str, kind: str, tmp_path: Path) -> None
     model = MODELS[family]()
     base = logits(model, token_ids())
     trimtab.load_adapter(model, tmp_path)
+    # The file holds what the network of prefix-mlp made; in memory PEFT runs it for each sequence of a batch, which
+    # rounds by the batch's size and the processor.
+    again = peft.PeftModel.from_pretrained(MODELS[family](), str(tmp_path))
     for mask in masks():
-        assert torch.equal(answers(model, mask), answers(made, mask))
+        assert torch.equal(answers(model, mask), answers(again, mask))
+        torch.testing.assert_close(answers(model, mask), answers(made, mask), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(model, token_ids()), base, atol=1e-4)
 
 

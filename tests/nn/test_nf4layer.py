@@ -238,7 +238,9 @@ def test_a_master_is_what_the_weight_stands_for(where: str, tmp_path: Path) -> N
     assert ((kept.double() - total).abs() <= 2.0**-15 * start.double().abs().maximum(total.abs())).all()
     packed, _ = nf4.quantize(kept)
     assert torch.equal(module.weight.view(torch.uint8), packed)
-    assert holder.survival(module.weight, whole, kept) is None
+    change = float(step.square().sum())
+    assert not holder.lossy
+    assert holder.survival(module.weight, whole, kept + step) == pytest.approx((change, change), rel=1e-2)
     if where == "file":
         stored = torch.from_file(str(tmp_path / "masters" / "a.b.fp32"), size=OUT * IN, dtype=torch.float32)
         assert torch.equal(stored.view(OUT, IN), kept)

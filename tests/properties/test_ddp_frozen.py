@@ -38,6 +38,7 @@ def run(rank: int, world: int, folder: str) -> None:
             optimizer.zero_grad()
         stored |= {f"{name}:{key}": value for key, value in adapter.state_dict().tensors.items()}
     torch.save(stored, f"{folder}/{world}-{rank}.pt")
+    dist.barrier()  # no rank may go while another still speaks to it
     dist.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ scale is another one (rank-stabilised LoRA with several ranks, an alpha of its o
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping
@@ -19,9 +20,8 @@ from trimtab.errors import CheckpointError, ConfigError
 from trimtab.export.checkpoint import meta_model, open_config, ties
 from trimtab.export.gguffile import FILE_TYPES, refuse_used_file, write_gguf
 from trimtab.export.ggufnames import Names
-from trimtab.methods.bitfit import FILE_TYPE
-from trimtab.methods.bottleneck import KIND
-from trimtab.methods.folder import read_adapter_folder
+from trimtab.methods.folder import SavedAdapter, read_adapter_folder
+from trimtab.methods.registry import method_of
 
 _WAY_OUT = "merge it with trimtab merge, and export the merged model"
 
@@ -56,7 +56,7 @@ def export_lora(source: Path, out: Path, base: str | None = None, dtype: torch.d
     refuse_used_file(out)
     folder = read_adapter_folder(source)
     saved, tensors = folder.config, folder.tensors
-    _check(saved, tensors, source)
+    _check(folder, source)
     base = base or saved.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{source} does not name the model that it adapts; name it with --base")
@@ -87,14 +87,18 @@ def export_lora(source: Path, out: Path, base: str | None = None, dtype: torch.d
     return len(pairs)
 
 
-def _check(saved: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path) -> None:
+def _check(folder: SavedAdapter, source: Path) -> None:
     """Refuse what llama.cpp does not compute."""
-    if reason := _unmergeable(saved):
-        raise CheckpointError(
-            f"{source} cannot be used in llama.cpp: {reason}, and llama.cpp's adapters are LoRA alone; use it through "
-            "trimtab.load_adapter"
-        )
+    saved = folder.config
     if saved.get("peft_type") != "LORA":
+        method = None
+        with contextlib.suppress(CheckpointError):  # what else is wrong with it would only distract
+            method = method_of(folder)
+        if method is not None and method.no_merge:
+            raise CheckpointError(
+                f"{source} cannot be used in llama.cpp, whose adapters are LoRA alone: {method.no_merge}; use it "
+                "through trimtab.load_adapter"
+            )
         raise CheckpointError(
             f"{source} is an adapter of the kind {saved.get('peft_type')!r}; llama.cpp knows LoRA alone: {_WAY_OUT}, "
             "or turn the update into a LoRA with --delta-rank"
@@ -114,21 +118,9 @@ def _check(saved: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path
     for key, value in saved.items():
         if value and key not in _HONOURED | _IDLE and not (key == "bias" and value == "none"):
             raise CheckpointError(f"{source}: {key} = {value!r} is nothing that llama.cpp's adapters have; {_WAY_OUT}")
-    for name in tensors:
+    for name in folder.tensors:
         if not re.search(r"\.lora_[AB]\.weight$", name):
             raise CheckpointError(f"{source} holds {name}, for which llama.cpp's adapters have no place; {_WAY_OUT}")
-
-
-def _unmergeable(saved: Mapping[str, Any]) -> str:
-    """Why an adapter of this kind has no merged form; empty for one that has."""
-    kind = saved.get("peft_type")
-    if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        return "its virtual tokens are no part of any weight"
-    if kind is None and saved.get(KIND) == "bottleneck":
-        return "a bottleneck has an activation between its matrices"
-    if kind == FILE_TYPE and saved.get("add_bias"):
-        return "add_bias gave biases to layers that have none"
-    return ""
 
 
 def _pairs(tensors: Mapping[str, Tensor], model: nn.Module, source: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -22,7 +22,7 @@ from torch.nn.utils import get_total_norm
 
 from trimtab.errors import CheckpointError, ConfigError, TrimtabError
 from trimtab.methods.base import Adapter, AdapterState, StepReport
-from trimtab.methods.folder import SavedAdapter, refuse_unknown
+from trimtab.methods.folder import SavedAdapter, reading_config, saved_layers
 from trimtab.methods.frozen import FrozenBaseAdapter, Targeted
 from trimtab.nn.adalora import AVERAGES, AdaLoRAMixin, Importance, orthogonality
 from trimtab.nn.draw import stable_generator
@@ -125,15 +125,8 @@ class AdaLoRA(Targeted):
     def from_saved(cls, saved: Mapping[str, Any]) -> AdaLoRA | None:
         if saved.get("peft_type") != "ADALORA":
             return None
-        if saved.get("bias", "none") != "none":
-            raise CheckpointError(f"the adapter's bias = {saved['bias']!r} is not supported; only 'none' is")
-        refuse_unknown({k: v for k, v in saved.items() if k != "bias"}, PEFT_FIELDS)
-        targets, excluded = saved.get("target_modules"), saved.get("exclude_modules") or ()
-        if not targets:
-            raise CheckpointError("the adapter's config names no target_modules")
-        if isinstance(excluded, str):
-            raise CheckpointError(f"the adapter's exclude_modules = {excluded!r} is not supported; only a list is")
-        try:
+        layers = saved_layers(saved, PEFT_FIELDS)
+        with reading_config():
             return cls(
                 rank=min(saved["target_r"], saved["init_r"]),  # PEFT lets a budget rise, which asks for nothing
                 init_rank=saved["init_r"],
@@ -145,13 +138,8 @@ class AdaLoRA(Targeted):
                 beta1=saved["beta1"],
                 beta2=saved["beta2"],
                 orthogonality=saved["orth_reg_weight"],
-                targets=targets if isinstance(targets, str) else tuple(targets),
-                exclude=tuple(excluded),
+                **layers,
             )
-        except KeyError as error:
-            raise CheckpointError(f"the adapter's config lacks {error.args[0]}") from None
-        except ConfigError as error:
-            raise CheckpointError(f"the adapter's config cannot be used: {error}") from None
 
     def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
         assert isinstance(adapter, AdaLoRAAdapter)

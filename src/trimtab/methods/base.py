@@ -114,6 +114,11 @@ class Method(Settings, abc.ABC, metaclass=OneLine):
         return ""
 
     @property
+    def no_merge(self) -> str:
+        """Why what this method trains has no merged form; empty where it has one."""
+        return ""
+
+    @property
     def switch_step(self) -> int:
         """Steps of full-rank training before the adapter comes into being; 0 for none."""
         return 0
@@ -164,10 +169,7 @@ class Adapter(abc.ABC):
     Attributes:
         model: the edited model.
         config: the method's config.
-        no_merge: why there is no merged form; empty where `merge` works.
     """
-
-    no_merge: str = ""
 
     def __init__(self, model: nn.Module, config: Method) -> None:
         self.model = model
@@ -180,6 +182,11 @@ class Adapter(abc.ABC):
     def writes_base(self) -> str:
         """As `Method.writes_base`, and what was asked of this adapter since."""
         return self.config.writes_base
+
+    @property
+    def no_merge(self) -> str:
+        """Why there is no merged form; empty where `merge` works."""
+        return self.config.no_merge
 
     def __repr__(self) -> str:
         trained = sum(entry.parameter.numel() for entry in self.trainable())
@@ -348,7 +355,7 @@ class Adapter(abc.ABC):
 
     def _resume(self) -> None:
         """Undo `_suspend`."""
-        raise NotImplementedError
+        raise CannotDetach(f"method {self.config.name} cannot be switched on again")
 
     def save(self, path: str | Path) -> None:
         """Write the adapter as a folder that `trimtab.load_adapter` reads, in PEFT's layout where it has one.

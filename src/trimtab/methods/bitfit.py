@@ -13,9 +13,9 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import CheckpointError, ConfigError, TargetError
+from trimtab.errors import CheckpointError, TargetError
 from trimtab.methods.base import Adapter
-from trimtab.methods.folder import SavedAdapter, refuse_unknown
+from trimtab.methods.folder import SavedAdapter, reading_config, refuse_unknown
 from trimtab.methods.frozen import FrozenBase, FrozenBaseAdapter
 from trimtab.nn.addedbias import AddedBiasMixin
 from trimtab.nn.inject import ALL_LINEAR, find_targets, is_linear
@@ -79,6 +79,15 @@ class BitFit(FrozenBase):
         trained = [name for name in known if any(_belongs(name, ending) for ending in self.biases)]
         return trained, {n: m for n, m in bare.items() if any(_ends(n, ending) for ending in self.biases)}
 
+    @property
+    def no_merge(self) -> str:
+        if not self.add_bias:
+            return ""
+        return (
+            "add_bias gave biases to layers that have none, and a checkpoint of this model has no place for them: "
+            "whoever loads it would lose them. Use save() and trimtab.load_adapter()"
+        )
+
     def _attach(self, model: nn.Module, residence: Residence) -> BitFitAdapter:
         return BitFitAdapter(model, self, residence)
 
@@ -87,12 +96,8 @@ class BitFit(FrozenBase):
         if saved.get("peft_type") != FILE_TYPE:
             return None
         refuse_unknown(dict(saved), {"biases", "add_bias", "train_also"})
-        try:
+        with reading_config():
             return cls(**{key: saved[key] for key in ("biases", "add_bias", "train_also")})
-        except KeyError as error:
-            raise CheckpointError(f"the adapter's config lacks {error.args[0]}") from None
-        except ConfigError as error:
-            raise CheckpointError(f"the adapter's config cannot be used: {error}") from None
 
     def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
         assert isinstance(adapter, BitFitAdapter)
@@ -155,13 +160,8 @@ class BitFitAdapter(FrozenBaseAdapter):
         return iter(())  # no matrix is updated
 
     @property
-    def no_merge(self) -> str:  # type: ignore[override]
-        if not self._targets:
-            return ""
-        return (
-            f"add_bias gave biases to layers that have none ({next(iter(self._targets))} first), and a checkpoint of "
-            "this model has no place for them: whoever loads it would lose them. Use save() and trimtab.load_adapter()"
-        )
+    def no_merge(self) -> str:
+        return self.config.no_merge if self._targets else ""  # each layer may have had a bias of its own
 
     def _saved(self) -> SavedAdapter:
         full, _ = self._saved_in_full()

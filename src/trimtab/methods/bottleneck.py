@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.errors import CheckpointError, ConfigError
+from trimtab.errors import ConfigError
 from trimtab.methods.base import Adapter
-from trimtab.methods.folder import SavedAdapter, refuse_unknown
+from trimtab.methods.folder import SavedAdapter, reading_config, refuse_unknown
 from trimtab.methods.frozen import FrozenBase, FrozenBaseAdapter
 from trimtab.nn.bottleneck import Activation, BottleneckMixin
 from trimtab.nn.draw import stable_generator
@@ -62,6 +62,10 @@ class Bottleneck(FrozenBase):
         given = self.targets != AUTO and self.placement != type(self).model_fields["placement"].default
         return {"placement": "targets names the layers"} if given else {}
 
+    @property
+    def no_merge(self) -> str:
+        return "a bottleneck has an activation between its matrices, so no weight of the base could stand for it"
+
     def _attach(self, model: nn.Module, residence: Residence) -> BottleneckAdapter:
         return BottleneckAdapter(model, self, residence)
 
@@ -71,12 +75,8 @@ class Bottleneck(FrozenBase):
             return None
         settings = ("size", "activation", "placement", "init")
         refuse_unknown(dict(saved), {KIND, "target_modules", "modules_to_save", *settings})
-        try:
+        with reading_config():
             return cls(targets=tuple(saved["target_modules"]), **{key: saved[key] for key in settings})
-        except KeyError as error:
-            raise CheckpointError(f"the adapter's config lacks {error.args[0]}") from None
-        except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"the adapter's config cannot be used: {error}") from None
 
     def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
         assert isinstance(adapter, BottleneckAdapter)
@@ -88,7 +88,6 @@ class BottleneckAdapter(FrozenBaseAdapter):
 
     config: Bottleneck
     mixin = BottleneckMixin
-    no_merge = "a bottleneck has an activation between its matrices, so no weight of the base could stand for it"
 
     def __init__(self, model: nn.Module, config: Bottleneck, residence: Residence) -> None:
         super().__init__(model, config, residence)

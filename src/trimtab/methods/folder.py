@@ -7,8 +7,9 @@ PEFT passes over.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.errors import CheckpointError
+from trimtab.errors import CheckpointError, ConfigError
 from trimtab.inside import inside
 from trimtab.methods.foldercheck import check_fields, check_values, covers
 from trimtab.nn.inject import is_linear
@@ -136,6 +137,42 @@ def refuse_unknown(saved: dict[str, Any], known: Set[str]) -> None:
                 f"the adapter's {key} = {value!r} is not supported: this version does not know the field, which a "
                 "newer PEFT may have written; save the adapter without it, or merge it with the PEFT that made it"
             )
+
+
+def saved_layers(saved: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
+    """`targets` and `exclude` of a method's config, from a PEFT config that names its layers.
+
+    Args:
+        saved: adapter_config.json.
+        known: its fields that the method reads, or that decide nothing.
+
+    Raises:
+        CheckpointError: it names no layers, or has what is not supported.
+    """
+    if saved.get("bias", "none") != "none":
+        raise CheckpointError(f"the adapter's bias = {saved['bias']!r} is not supported; only 'none' is")
+    refuse_unknown({key: value for key, value in saved.items() if key != "bias"}, known)
+    targets, excluded = saved.get("target_modules"), saved.get("exclude_modules") or ()
+    if not targets:
+        raise CheckpointError("the adapter's config names no target_modules")
+    if isinstance(excluded, str):
+        raise CheckpointError(f"the adapter's exclude_modules = {excluded!r} is not supported; only a list is")
+    return {"targets": targets if isinstance(targets, str) else tuple(targets), "exclude": tuple(excluded)}
+
+
+@contextlib.contextmanager
+def reading_config() -> Iterator[None]:
+    """Within this context, what a method refuses of an adapter folder's config is the folder's fault.
+
+    Raises:
+        CheckpointError: a field is missing, or a value cannot be used.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"the adapter's config lacks {error.args[0]}") from None
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"the adapter's config cannot be used: {error}") from None
 
 
 def base_sample(model: nn.Module) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import CheckpointError, ConfigError, TargetError
+from trimtab.errors import TargetError
 from trimtab.methods.base import Adapter
-from trimtab.methods.folder import SavedAdapter, refuse_unknown
+from trimtab.methods.folder import SavedAdapter, reading_config, saved_layers
 from trimtab.methods.frozen import FrozenBaseAdapter, Targeted
 from trimtab.nn.ia3 import IA3Mixin
 from trimtab.nn.inject import find_targets, is_linear
@@ -80,21 +80,10 @@ class IA3(Targeted):
     def from_saved(cls, saved: Mapping[str, Any]) -> IA3 | None:
         if saved.get("peft_type") != "IA3":
             return None
-        refuse_unknown(dict(saved), PEFT_FIELDS)
-        targets, feedforward = saved.get("target_modules"), saved.get("feedforward_modules") or ()
-        excluded = saved.get("exclude_modules") or ()
-        if not targets:
-            raise CheckpointError("the adapter's config names no target_modules")
-        if isinstance(excluded, str):
-            raise CheckpointError(f"the adapter's exclude_modules = {excluded!r} is not supported; only a list is")
-        try:
-            return cls(
-                targets=targets if isinstance(targets, str) else tuple(targets),
-                feedforward=feedforward if isinstance(feedforward, str) else tuple(feedforward),
-                exclude=tuple(excluded),
-            )
-        except ConfigError as error:
-            raise CheckpointError(f"the adapter's config cannot be used: {error}") from None
+        layers = saved_layers(saved, PEFT_FIELDS)
+        feedforward = saved.get("feedforward_modules") or ()
+        with reading_config():
+            return cls(feedforward=feedforward if isinstance(feedforward, str) else tuple(feedforward), **layers)
 
     def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
         assert isinstance(adapter, IA3Adapter)

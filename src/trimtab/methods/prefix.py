@@ -54,6 +54,10 @@ class PrefixTuning(SoftPrompt):
             return {}
         return {"projection_size": "projection is false"}
 
+    @property
+    def no_merge(self) -> str:
+        return "a prefix lies in the cache of keys and values and is no part of any weight"
+
     def _attach(self, model: nn.Module, residence: Residence) -> PrefixTuningAdapter:
         return PrefixTuningAdapter(model, self, residence)
 
@@ -91,7 +95,6 @@ class PrefixTuningAdapter(SoftPromptAdapter):
     """Trained keys and values at work on a model."""
 
     config: PrefixTuning
-    no_merge = "a prefix lies in the cache of keys and values and is no part of any weight"
 
     def _find_host(self) -> tuple[str, nn.Module]:
         if is_encoder_decoder(self.model):

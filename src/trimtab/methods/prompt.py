@@ -66,6 +66,10 @@ class PromptTuning(SoftPrompt):
             raise ValueError("a tokenizer is for a text that is a string")
         return tokenizer
 
+    @property
+    def no_merge(self) -> str:
+        return "a prompt stands before the tokens and is no part of any weight"
+
     def _attach(self, model: nn.Module, residence: Residence) -> PromptTuningAdapter:
         return PromptTuningAdapter(model, self, residence)
 
@@ -78,7 +82,6 @@ class PromptTuningAdapter(SoftPromptAdapter):
     """A trained prompt at work on a model."""
 
     config: PromptTuning
-    no_merge = "a prompt stands before the tokens and is no part of any weight"
 
     def _find_host(self) -> tuple[str, nn.Module]:
         if is_encoder_decoder(self.model):

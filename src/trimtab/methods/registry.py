@@ -13,7 +13,7 @@ from torch import nn
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.attached import activate, record_of
 from trimtab.methods.base import REGISTRY, Adapter, Method
-from trimtab.methods.folder import read_adapter_folder
+from trimtab.methods.folder import SavedAdapter, read_adapter_folder
 from trimtab.methods.foldercheck import PEFT_TYPES
 from trimtab.methods.oneline import misfit
 
@@ -86,6 +86,16 @@ def attach(
     return _from_user(config).attach(model, name=name, dtype=dtype, pure=pure, keep_base=keep_base)
 
 
+def method_of(saved: SavedAdapter) -> Method | None:
+    """The config of an adapter folder's method; None when no method knows the folder.
+
+    Raises:
+        CheckpointError: the folder's config cannot be used.
+    """
+    configs = (method.from_folder(saved) for method in REGISTRY.values())
+    return next((config for config in configs if config is not None), None)
+
+
 def load_adapter(
     model: nn.Module, path: str | Path, *, name: str = "default", keep_base: str | Path | None = None
 ) -> Adapter:
@@ -95,26 +105,25 @@ def load_adapter(
         CheckpointError: the folder is missing, damaged, of no known method, or of another base.
     """
     saved = read_adapter_folder(Path(path))
-    for method in REGISTRY.values():
-        config = method.from_folder(saved)
-        if config is not None:
-            record = record_of(model)
-            before = record.active if record else ""
-            if record and before and not record.adapters[before].writes_base:
-                activate(model, None)  # what is compared is the base
-            adapter = None
-            try:
-                saved.check_base(model, str(path))
-                adapter = config.attach(model, name=name, keep_base=keep_base)
-                config.load_saved(adapter, saved)
-            except BaseException:
-                if adapter is not None:
-                    adapter.detach()
-                if before:
-                    activate(model, before)
-                raise
-            return adapter
-    raise CheckpointError(
-        f"{path}: peft_type {saved.config.get('peft_type')!r} is of no known method; those known are "
-        f"{', '.join(PEFT_TYPES)}, and trimtab's own"
-    )
+    config = method_of(saved)
+    if config is None:
+        raise CheckpointError(
+            f"{path}: peft_type {saved.config.get('peft_type')!r} is of no known method; those known are "
+            f"{', '.join(PEFT_TYPES)}, and trimtab's own"
+        )
+    record = record_of(model)
+    before = record.active if record else ""
+    if record and before and not record.adapters[before].writes_base:
+        activate(model, None)  # what is compared is the base
+    adapter = None
+    try:
+        saved.check_base(model, str(path))
+        adapter = config.attach(model, name=name, keep_base=keep_base)
+        config.load_saved(adapter, saved)
+    except BaseException:
+        if adapter is not None:
+            adapter.detach()
+        if before:
+            activate(model, before)
+        raise
+    return adapter

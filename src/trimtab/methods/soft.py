@@ -6,6 +6,7 @@ The parameters are registered on the part of the model that reads them (`host`),
 
 from __future__ import annotations
 
+import abc
 import copy
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import Adapter, Method
-from trimtab.methods.folder import SavedAdapter, refuse_unknown
+from trimtab.methods.folder import SavedAdapter, reading_config, refuse_unknown
 from trimtab.methods.foldercheck import HEADS
 from trimtab.methods.frozen import FrozenBase, FrozenBaseAdapter
 from trimtab.nn.residence import Residence
@@ -52,17 +53,13 @@ class SoftPrompt(FrozenBase):
         if saved.get("peft_type") != cls.peft_type:
             return None
         refuse_unknown(dict(saved), FIELDS | cls.peft_fields)
-        if "num_virtual_tokens" not in saved:
-            raise CheckpointError("the adapter's config lacks num_virtual_tokens")
-        try:
+        with reading_config():
             return cls._plain(saved["num_virtual_tokens"])
-        except ConfigError as error:
-            raise CheckpointError(f"the adapter's config cannot be used: {error}") from None
 
     @classmethod
+    @abc.abstractmethod
     def _plain(cls, length: int) -> Method:
         """The config of an adapter whose tensor is about to be loaded."""
-        raise NotImplementedError
 
     def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
         assert isinstance(adapter, SoftPromptAdapter)
@@ -97,17 +94,17 @@ class SoftPromptAdapter(FrozenBaseAdapter):
 
     # -- what a method says --------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _find_host(self) -> tuple[str, nn.Module]:
         """The part of the model that has the parameters."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _drawn(self) -> dict[str, Tensor]:
         """The initial values by the parameters' names on the host, in fp32."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _hook(self) -> None:
         """Put the hooks on the model, through `_before` and `_after`."""
-        raise NotImplementedError
 
     # -- putting it on -------------------------------------------------------------------------
 
@@ -144,13 +141,13 @@ class SoftPromptAdapter(FrozenBaseAdapter):
 
     # -- files ---------------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def prompt(self) -> Tensor:
         """The tensor that a file holds; no gradient."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _peft_fields(self) -> dict[str, Any]:
         """The fields of PEFT's config that are this method's own."""
-        raise NotImplementedError
 
     def _saved(self) -> SavedAdapter:
         full, modules = self._saved_in_full()

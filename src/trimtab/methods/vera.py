@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import CannotSave, CheckpointError, ConfigError
 from trimtab.methods.base import Adapter
-from trimtab.methods.folder import SavedAdapter, refuse_unknown
+from trimtab.methods.folder import SavedAdapter, reading_config, saved_layers
 from trimtab.methods.frozen import FrozenBaseAdapter, Targeted
 from trimtab.nn.pairs import Letter, Pairs
 from trimtab.nn.residence import Residence
@@ -71,28 +71,16 @@ class VeRA(Targeted):
         kinds = {kind: pair for pair, kind in PEFT_TYPES.items()}
         if saved.get("peft_type") not in kinds:
             return None
-        if saved.get("bias", "none") != "none":
-            raise CheckpointError(f"the adapter's bias = {saved['bias']!r} is not supported; only 'none' is")
-        refuse_unknown({k: v for k, v in saved.items() if k != "bias"}, KNOWN_FIELDS)
-        targets, excluded = saved.get("target_modules"), saved.get("exclude_modules") or ()
-        if not targets:
-            raise CheckpointError("the adapter's config names no target_modules")
-        if isinstance(excluded, str):
-            raise CheckpointError(f"the adapter's exclude_modules = {excluded!r} is not supported; only a list is")
-        try:
+        layers = saved_layers(saved, KNOWN_FIELDS)
+        with reading_config():
             return cls(
                 rank=saved["r"],
                 d_init=saved.get("d_initial", 0.1),
                 seed=saved["projection_prng_key"],
                 pair=kinds[saved["peft_type"]],
                 dropout=saved.get("vera_dropout", 0.0),
-                targets=targets if isinstance(targets, str) else tuple(targets),
-                exclude=tuple(excluded),
+                **layers,
             )
-        except KeyError as error:
-            raise CheckpointError(f"the adapter's config lacks {error.args[0]}") from None
-        except ConfigError as error:
-            raise CheckpointError(f"the adapter's config cannot be used: {error}") from None
 
     def load_saved(self, adapter: Adapter, saved: SavedAdapter) -> None:
         assert isinstance(adapter, VeRAAdapter)

@@ -101,7 +101,7 @@ class WornAdapter(Adapter):
 
     def _new_parts(self, name: str, module: nn.Module) -> dict[str, nn.Parameter]:
         """The method's own parameters for a target layer, on its device, by their names on the layer."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has targets, and no parameters for {name}")
 
     def _mixin(self, module: nn.Module) -> type[Adapted]:
         """What a target layer wears."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.nn.adapted import Adapted
 from trimtab.nn.lowrank import draw_seed, dropout_mask
-from trimtab.nn.precision import compute_dtype_of
+from trimtab.nn.precision import apply_rows, column_sum, without_autocast
 from trimtab.nn.weights import Holder
 
 Context = Any
@@ -78,7 +78,7 @@ class _AdaLoRAFunction(torch.autograd.Function):
         if need_w:
             dw = ctx.base.grad_weight(x_TI, g_TO).to(weight.dtype)
         if need_b:
-            db = g_TO.sum(0, dtype=torch.promote_types(g_TO.dtype, torch.float32)).to(ctx.bias_dtype)
+            db = column_sum(g_TO, ctx.bias_dtype)
         return dx, dw, db, dA, dE, dB, None, None, None, None
 
 
@@ -112,12 +112,8 @@ def adalora_linear(
         scale: s.
         dropout: probability of dropping an entry of the branch's input; 0 outside training.
     """
-    flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = _AdaLoRAFunction.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, lora_A, lora_E, lora_B, base, scale, dropout, draw_seed(dropout)
-        )
-    return out.view(*x.shape[:-1], lora_B.shape[0])
+    seed = draw_seed(dropout)
+    return apply_rows(_AdaLoRAFunction, x, weight, bias, lora_A, lora_E, lora_B, base, scale, dropout, seed)
 
 
 class AdaLoRAMixin(Adapted):
@@ -199,7 +195,7 @@ def orthogonality(rows: Sequence[Tensor]) -> Tensor:
     Args:
         rows: matrices (r, width) whose rows are to be orthonormal: every Q, and every P transposed.
     """
-    with torch.autocast(rows[0].device.type, enabled=False):
+    with without_autocast(rows[0].device.type):
         out: Tensor = _OrthogonalityFunction.apply(*rows)  # type: ignore[no-untyped-call]
     return out
 

@@ -43,7 +43,7 @@ class Adapted(Swapped):
             rows: (rows, in) of W, in float64 (fp32 on a device without it); may be written into.
             block: which output rows they are.
         """
-        raise NotImplementedError
+        raise CannotMerge(f"a {self.label} layer has no merged form")
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
@@ -73,12 +73,12 @@ class Adapted(Swapped):
     @torch.no_grad()
     def survival(self) -> tuple[float, float] | None:
         """The sums of `Holder.survival` over the layer; None where `merge_` loses nothing for good."""
+        if not self.base.lossy:
+            return None
         kept = total = 0.0
         for block in self.base.row_blocks(self.weight):
-            found = self.base.survival(self.weight, block, self._sum(self.weight, block, self.base))
-            if found is None:
-                return None
-            kept, total = kept + found[0], total + found[1]
+            left, whole = self.base.survival(self.weight, block, self._sum(self.weight, block, self.base))
+            kept, total = kept + left, total + whole
         return kept, total
 
     def _layout(self) -> Holder:

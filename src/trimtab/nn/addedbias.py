@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.nn.adapted import Adapted
-from trimtab.nn.precision import compute_dtype_of
+from trimtab.nn.precision import apply_rows, column_sum
 from trimtab.nn.weights import Holder
 
 Context = Any
@@ -33,16 +33,13 @@ class _AddedBiasFunction(torch.autograd.Function):
         dw = ctx.base.grad_weight(x_TI, g_TO).to(weight.dtype) if need_w else None
         db = None
         if need_b:
-            db = g_TO.sum(0, dtype=torch.promote_types(g_TO.dtype, torch.float32)).to(ctx.bias_dtype)
+            db = column_sum(g_TO, ctx.bias_dtype)
         return dx, dw, db, None
 
 
 def added_bias_linear(x: Tensor, weight: Tensor, bias: Tensor, *, base: Holder) -> Tensor:
     """X W' + b, of shape (..., out), in x's (or autocast's) dtype, for x (..., in) and a trained `bias` (out,)."""
-    flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = _AddedBiasFunction.apply(flat, weight, bias, base)  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return apply_rows(_AddedBiasFunction, x, weight, bias, base)
 
 
 class AddedBiasMixin(Adapted):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.nn.adapted import Adapted
-from trimtab.nn.precision import compute_dtype_of
+from trimtab.nn.precision import apply_rows, column_sum
 from trimtab.nn.weights import Holder
 
 Context = Any
@@ -79,12 +79,12 @@ class _BottleneckFunction(torch.autograd.Function):
         if need_up:
             d_up = (g_TO.t() @ activate(h_TM, ctx.activation)).to(up.dtype)
         if need_up_bias:
-            d_up_bias = _column_sum(g_TO, ctx.up_bias_dtype)
+            d_up_bias = column_sum(g_TO, ctx.up_bias_dtype)
         dh_TM = activate_backward(g_TO @ up.to(g_TO.dtype), h_TM, ctx.activation)
         if need_down:
             d_down = (dh_TM.t() @ y_TO).to(down.dtype)
         if need_down_bias:
-            d_down_bias = _column_sum(dh_TM, down_bias.dtype)
+            d_down_bias = column_sum(dh_TM, down_bias.dtype)
         if need_x or need_w or need_b:
             dy_TO = torch.addmm(g_TO, dh_TM, down_MO)
             if need_x:
@@ -92,12 +92,8 @@ class _BottleneckFunction(torch.autograd.Function):
             if need_w:
                 dw = ctx.base.grad_weight(x_TI, dy_TO).to(weight.dtype)
             if need_b:
-                db = _column_sum(dy_TO, ctx.bias_dtype)
+                db = column_sum(dy_TO, ctx.bias_dtype)
         return dx, dw, db, d_down, d_down_bias, d_up, d_up_bias, None, None
-
-
-def _column_sum(g: Tensor, dtype: torch.dtype) -> Tensor:
-    return g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(dtype)
 
 
 def bottleneck_linear(
@@ -125,12 +121,7 @@ def bottleneck_linear(
         base: the holder of `weight`.
         activation: f.
     """
-    flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = _BottleneckFunction.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, down, down_bias, up, up_bias, base, activation
-        )
-    return out.view(*x.shape[:-1], up.shape[0])
+    return apply_rows(_BottleneckFunction, x, weight, bias, down, down_bias, up, up_bias, base, activation)
 
 
 class BottleneckMixin(Adapted):

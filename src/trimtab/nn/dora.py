@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from trimtab.nn.adapted import Adapted
 from trimtab.nn.lowrank import draw_seed, dropout_mask
-from trimtab.nn.precision import compute_dtype_of
+from trimtab.nn.precision import apply_rows, column_sum, compute_dtype_of, without_autocast
 from trimtab.nn.weights import Holder
 
 Context = Any
@@ -134,7 +134,7 @@ class _DoRAFunction(torch.autograd.Function):
                 dw = dw + ctx.base.grad_weight(x_TI - branch, g_TO)
             dw = dw.to(weight.dtype)
         if need_b:
-            db = g_TO.sum(0, dtype=torch.promote_types(g_TO.dtype, torch.float32)).to(ctx.bias_dtype)
+            db = column_sum(g_TO, ctx.bias_dtype)
         return dx, dw, db, dA, dB, dm, None, None, None, None, None
 
 
@@ -165,14 +165,11 @@ def dora_linear(
         squares: |W|^2 of each row (out,), from `row_squares`.
         dropout: probability of dropping an entry of the branch's input; 0 outside training.
     """
-    flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
-        norms = row_norms(base, weight, lora_A, lora_B, scale, squares, flat.dtype)
-        seed = draw_seed(dropout)
-        out: Tensor = _DoRAFunction.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, lora_A, lora_B, magnitude, norms, base, scale, dropout, seed
-        )
-    return out.view(*x.shape[:-1], lora_B.shape[0])
+    dtype = compute_dtype_of(x)
+    with without_autocast(x.device.type):
+        norms = row_norms(base, weight, lora_A, lora_B, scale, squares, dtype)
+    seed = draw_seed(dropout)
+    return apply_rows(_DoRAFunction, x, weight, bias, lora_A, lora_B, magnitude, norms, base, scale, dropout, seed)
 
 
 def _state_of(base: Holder, weight: Tensor) -> tuple[object, ...]:

@@ -24,15 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.nn.adapted import Adapted
-from trimtab.nn.precision import compute_dtype_of
+from trimtab.nn.precision import apply_rows, column_sum
 from trimtab.nn.weights import Holder
 
 Context = Any
-
-
-def _summed(product_TK: Tensor) -> Tensor:
-    """The sum over tokens, in fp32 or wider."""
-    return product_TK.sum(0, dtype=torch.promote_types(product_TK.dtype, torch.float32))
 
 
 class _ScaledOutputFunction(torch.autograd.Function):
@@ -54,7 +49,7 @@ class _ScaledOutputFunction(torch.autograd.Function):
         dx = dw = db = dl = None
         if need_l:
             product_TO = g_TO * y_TO if y_TO is not None else ctx.base.matmul(weight, x_TI, bias).mul_(g_TO)
-            dl = _summed(product_TO).to(scales.dtype)
+            dl = column_sum(product_TO, scales.dtype)
         if need_x or need_w or need_b:
             scaled_TO = g_TO.clone().mul_(scales)
             if need_x:
@@ -62,7 +57,7 @@ class _ScaledOutputFunction(torch.autograd.Function):
             if need_w:
                 dw = ctx.base.grad_weight(x_TI, scaled_TO).to(weight.dtype)
             if need_b:
-                db = _summed(scaled_TO).to(bias.dtype)
+                db = column_sum(scaled_TO, bias.dtype)
         return dx, dw, db, dl, None
 
 
@@ -84,13 +79,13 @@ class _ScaledInputFunction(torch.autograd.Function):
         if need_x or need_l:
             h_TI = ctx.base.grad_input(weight, g_TO)
             if need_l:
-                dl = _summed(h_TI * x_TI).to(scales.dtype)
+                dl = column_sum(h_TI * x_TI, scales.dtype)
             if need_x:
                 dx = h_TI.mul_(scales)
         if need_w:
             dw = ctx.base.grad_weight(x_TI.clone().mul_(scales), g_TO).to(weight.dtype)
         if need_b:
-            db = _summed(g_TO).to(ctx.bias_dtype)
+            db = column_sum(g_TO, ctx.bias_dtype)
         return dx, dw, db, dl, None
 
 
@@ -107,11 +102,7 @@ def ia3_linear(
         base: the holder of `weight`.
         feedforward: scale the input instead of the output.
     """
-    flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
-    function = _ScaledInputFunction if feedforward else _ScaledOutputFunction
-    with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = function.apply(flat, weight, bias, scales, base)  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return apply_rows(_ScaledInputFunction if feedforward else _ScaledOutputFunction, x, weight, bias, scales, base)
 
 
 class IA3Mixin(Adapted):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.nn.adapted import Adapted
-from trimtab.nn.precision import compute_dtype_of
+from trimtab.nn.precision import apply_rows, column_sum
 from trimtab.nn.weights import Holder
 
 Context = Any
@@ -44,6 +44,8 @@ def dropout_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def _mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    if x.is_meta:  # there is no generator of that device, nor anything to draw
+        return torch.empty_like(x)
     generator = torch.Generator(device=x.device).manual_seed(int(seed))
     keep = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p, generator=generator)
     return keep.div_(1.0 - p)
@@ -97,7 +99,7 @@ class _LoRAFunction(torch.autograd.Function):
         if need_w:
             dw = ctx.base.grad_weight(x_TI, g_TO).to(weight.dtype)
         if need_b:
-            db = g_TO.sum(0, dtype=torch.promote_types(g_TO.dtype, torch.float32)).to(ctx.bias_dtype)
+            db = column_sum(g_TO, ctx.bias_dtype)
         return dx, dw, db, dA, dB, None, None, None, None
 
 
@@ -124,11 +126,7 @@ def lora_linear(
         scale: s.
         dropout: probability of dropping an entry of the branch's input; 0 outside training.
     """
-    flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
-        seed = draw_seed(dropout)
-        out: Tensor = _LoRAFunction.apply(flat, weight, bias, lora_A, lora_B, base, scale, dropout, seed)  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], lora_B.shape[0])
+    return apply_rows(_LoRAFunction, x, weight, bias, lora_A, lora_B, base, scale, dropout, draw_seed(dropout))
 
 
 class LoRAMixin(Adapted):

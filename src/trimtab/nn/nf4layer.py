@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError
 from trimtab.nn import nf4
-from trimtab.nn.precision import compute_dtype_of, hold, release
+from trimtab.nn.precision import apply_rows, column_sum, hold, release
 from trimtab.nn.weights import MERGE_CHUNK, Holder
 
 Context = Any
@@ -182,9 +182,13 @@ class NF4(Holder):
         scales = {f".{name}": getattr(self.layer, name) for name in self.layer.scale_names}
         return {"": weight, **scales} | ({} if self._master is None else {".master": self._master})
 
-    def survival(self, weight: Tensor, block: slice, value: Tensor) -> tuple[float, float] | None:
-        if self._master is not None:
-            return None
+    @property
+    def lossy(self) -> bool:
+        return self._master is None
+
+    def survival(self, weight: Tensor, block: slice, value: Tensor) -> tuple[float, float]:
+        if not self.lossy:
+            return super().survival(weight, block, value)
         before = self._decoded(weight, block).double()
         packed, scales = self.layer.encode(value.float())
         after = nf4.dequantize(packed, self.layer.decode_scales(scales), value.shape[1], torch.float32)
@@ -227,7 +231,7 @@ class _NF4Function(torch.autograd.Function):
         dx = ctx.holder.grad_input(weight, g_TO) if ctx.needs_input_grad[0] else None
         db = None
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            db = g_TO.sum(0, dtype=torch.promote_types(g_TO.dtype, torch.float32)).to(ctx.bias_dtype)
+            db = column_sum(g_TO, ctx.bias_dtype)
         return dx, None, db, None
 
 
@@ -250,10 +254,7 @@ class NF4Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         # A model that casts its input to `weight.dtype` gives int8 here.
         own = None if x.is_floating_point() else self.compute_dtype
-        flat = x.to(compute_dtype_of(x, own)).reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            out: Tensor = _NF4Function.apply(flat, self.weight, self.bias, self.holder)  # type: ignore[no-untyped-call]
-        return out.view(*x.shape[:-1], self.out_features)
+        return apply_rows(_NF4Function, x, self.weight, self.bias, self.holder, own=own)
 
     def extra_repr(self) -> str:
         bits = nf4.bits_per_weight((self.out_features, self.in_features), double=self.doubly)

@@ -11,6 +11,7 @@ hooks and tied tensors stay. `release` swaps it back.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -29,6 +30,29 @@ def compute_dtype_of(x: Tensor, own: torch.dtype | None = None) -> torch.dtype:
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return own or x.dtype
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off on a kind of device; "meta" has none."""
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def apply_rows(
+    function: type[torch.autograd.Function], x: Tensor, *inputs: Any, own: torch.dtype | None = None
+) -> Tensor:
+    """`function` on the rows of x (..., in), in the dtype of `compute_dtype_of`; its result is (..., out).
+
+    The function casts what else it reads, so autocast is off within it.
+    """
+    flat = x.to(compute_dtype_of(x, own)).reshape(-1, x.shape[-1])
+    with without_autocast(x.device.type):
+        out: Tensor = function.apply(flat, *inputs)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def column_sum(g_TO: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient (O,) of a bias in its `dtype`, summed over the tokens in fp32 or wider."""
+    return g_TO.sum(0, dtype=torch.promote_types(g_TO.dtype, torch.float32)).to(dtype)
 
 
 class _CastLinearFunction(torch.autograd.Function):
@@ -54,7 +78,7 @@ class _CastLinearFunction(torch.autograd.Function):
         dw = (g_TO.t() @ x_TI).to(weight.dtype) if ctx.needs_input_grad[1] else None
         db = None
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            db = g_TO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            db = column_sum(g_TO, ctx.bias_dtype)
         return dx, dw, db
 
 
@@ -63,10 +87,7 @@ def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None, own: torch.dtype
 
     x is cast, too: T5 looks at the dtype of a weight and hands its layer an input widened to it.
     """
-    dtype = compute_dtype_of(x, own)
-    flat = x.to(dtype).reshape(-1, x.shape[-1])
-    out: Tensor = _CastLinearFunction.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return apply_rows(_CastLinearFunction, x, weight, bias, own=own)
 
 
 class _Held(Swapped):

@@ -18,7 +18,6 @@ done in fp32 and rounded once.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from trimtab.nn.adapted import Adapted
 from trimtab.nn.lowrank import draw_seed, dropout_mask
 from trimtab.nn.pairs import Pairs
-from trimtab.nn.precision import compute_dtype_of
+from trimtab.nn.precision import column_sum, compute_dtype_of, without_autocast
 from trimtab.nn.reading import share
 from trimtab.nn.weights import Holder
 
@@ -131,7 +130,7 @@ class _VeRAFunction(torch.autograd.Function):
         if need_w:
             dw = ctx.base.grad_weight(x_TI, g_TO).to(weight.dtype)
         if need_c:
-            dc = g_TO.sum(0, dtype=_wide(g_TO.dtype)).to(ctx.bias_dtype)
+            dc = column_sum(g_TO, ctx.bias_dtype)
         return dx, dbranch, None, dw, dc, dd, db, None, None, None, None
 
 
@@ -146,11 +145,6 @@ class _DropFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Any, ...]:
         return grads[0] * dropout_mask(grads[0], ctx.p, ctx.seed), None, None
-
-
-def _plain_arithmetic(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off; the meta device has none."""
-    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def vera_linear(
@@ -184,7 +178,7 @@ def vera_linear(
         followers: what is learnt about sharing (see `reading.share`); None shares nothing.
     """
     flat = x.to(compute_dtype_of(x)).reshape(-1, x.shape[-1])
-    with _plain_arithmetic(x.device.type):
+    with without_autocast(x.device.type):
         u, branch, keep_u = None, None, True
         compiling = torch.compiler.is_compiling()
         if dropout:

@@ -112,13 +112,19 @@ class Holder(abc.ABC):
         """The tensors that `write_rows` writes, by a suffix to the weight's name; "" is the weight itself."""
         return {"": weight}
 
-    def survival(self, weight: Tensor, block: slice, value: Tensor) -> tuple[float, float] | None:
-        """How much of a merge would be left, were these rows written; None where nothing is lost for good.
+    @property
+    def lossy(self) -> bool:
+        """Whether a merge loses for good what rounding takes from it."""
+        return False
+
+    def survival(self, weight: Tensor, block: slice, value: Tensor) -> tuple[float, float]:
+        """How much of a merge would be left, were these rows written.
 
         With d = value - rows and c = the change that `write_rows` would make: the sums of c d and of d d. Their
-        ratio is the surviving share.
+        ratio is the surviving share: 1 unless the holder is `lossy`.
         """
-        return None
+        whole = float((value - self.rows(weight, block)).square().sum())
+        return whole, whole
 
     def widen(self, module: nn.Module, weight: Tensor) -> Callable[[], None]:
         """Let `module`, whose weight this holds in few bits, hold the dense `weight` (out, in) instead.
