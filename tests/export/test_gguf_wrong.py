@@ -20,8 +20,8 @@ from trimtab.export.sources import find_update, refuse_unmerged
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (trimtab.PromptTuning(length=3), "virtual tokens"),
-        (trimtab.PrefixTuning(length=3), "virtual tokens"),
+        (trimtab.PromptTuning(length=3), "no part of any weight"),
+        (trimtab.PrefixTuning(length=3), "no part of any weight"),
         (trimtab.Bottleneck(size=4), "an activation"),
         (trimtab.BitFit(add_bias=True), "add_bias"),
         (trimtab.VeRA(rank=4), "merge it with trimtab merge"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from models_for_tests import tiny_llama, token_ids
 
 import trimtab
