@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from trimtab.nn.dora import dora_linear, row_squares
+from trimtab.nn.dropping import dropped
 from trimtab.nn.lora_embedding import lora_embedding
-from trimtab.nn.lowrank import dropout_mask, lora_linear
+from trimtab.nn.lowrank import lora_linear
 from trimtab.nn.weights import Dense
 
 KINDS = ("lora", "dora", "embedding")
@@ -72,5 +73,5 @@ def test_a_compiled_dropout_uses_its_mask_twice(kind: str) -> None:
 def test_the_compiled_mask_is_the_eager_one() -> None:
     """One seed gives one mask, compiled or not."""
     x, seed = torch.randn(30, 20), torch.tensor(11)
-    compiled = torch.compile(lambda x, seed: dropout_mask(x, 0.4, seed), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, seed), dropout_mask(x, 0.4, seed))
+    compiled = torch.compile(lambda x, seed: dropped(x, 0.4, seed), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, seed), dropped(x, 0.4, seed))

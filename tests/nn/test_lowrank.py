@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.nn.lowrank import _LoRAFunction, dropout_mask, lora_linear
+from trimtab.nn.dropping import dropped, gain
+from trimtab.nn.lowrank import _LoRAFunction, lora_linear
 from trimtab.nn.precision import _CastLinearFunction
 from trimtab.nn.weights import Dense
 
@@ -63,13 +64,24 @@ def test_gradcheck_of_the_cast_linear() -> None:
 
 
 def test_a_mask_drops_its_share_and_keeps_the_mean() -> None:
-    """The mask has the wanted share of zeros and mean one, and depends on its seed alone."""
-    x = torch.zeros(400, 250)
-    mask = dropout_mask(x, 0.3, torch.tensor(5))
-    assert (mask == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
-    assert mask.mean().item() == pytest.approx(1.0, abs=0.01)
-    assert torch.equal(mask, dropout_mask(x, 0.3, torch.tensor(5)))
-    assert not torch.equal(mask, dropout_mask(x, 0.3, torch.tensor(6)))
+    """A mask has the wanted share of dropped entries, what is kept makes up for them, and the seed alone decides."""
+    x = torch.zeros(401, 251)  # no multiple of the four entries that share a draw
+    mask = dropped(x, 0.3, torch.tensor(5))
+    assert mask.shape == x.shape
+    for part in (mask, mask[:, ::2], mask[::3], mask[-40:]):
+        assert part.double().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert (1 - mask.double().mean().item()) * gain(0.3) == pytest.approx(1.0, abs=0.01)
+    assert gain(0.3) == pytest.approx(1 / 0.7, rel=1e-4)
+    assert torch.equal(mask, dropped(x, 0.3, torch.tensor(5)))
+    assert not torch.equal(mask, dropped(x, 0.3, torch.tensor(6)))
+    assert not dropped(x, 0.0, torch.tensor(5)).any() and gain(0.0) == 1.0
+
+
+def test_neighbours_fall_independently() -> None:
+    """The four entries of one draw are as independent as any others."""
+    mask = dropped(torch.zeros(100_000, 4), 0.5, torch.tensor(1)).double() - 0.5
+    covariance = mask.t() @ mask / mask.shape[0]
+    assert torch.allclose(covariance, 0.25 * torch.eye(4, dtype=torch.float64), atol=0.005)
 
 
 def saved_bytes_per_token(dropout: float, tokens: int = 64, width: int = 1024) -> float:

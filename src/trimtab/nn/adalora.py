@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.nn.adapted import Adapted
-from trimtab.nn.lowrank import draw_seed, dropout_mask
+from trimtab.nn.dropping import draw_seed, dropped, gain
 from trimtab.nn.precision import apply_rows, column_sum, without_autocast
 from trimtab.nn.weights import Holder
 
@@ -45,10 +45,11 @@ class _AdaLoRAFunction(torch.autograd.Function):
         dropout: float,
         seed: Tensor | None,
     ) -> Tensor:
+        scale *= gain(dropout)
         ctx.base, ctx.scale, ctx.dropout, ctx.seed = base, scale, dropout, seed
         ctx.save_for_backward(x, weight, lora_A, lora_E, lora_B)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        branch = x if seed is None else x * dropout_mask(x, dropout, seed)
+        branch = x if seed is None else x.masked_fill(dropped(x, dropout, seed), 0)
         u_TR = branch @ lora_A.to(x.dtype).t()
         y_TO = base.matmul(weight, x, bias)
         return y_TO.addmm_(u_TR, _folded(lora_B, lora_E, scale, x.dtype).t())
@@ -60,15 +61,15 @@ class _AdaLoRAFunction(torch.autograd.Function):
         need_x, need_w, need_b, need_A, need_E, need_B = ctx.needs_input_grad[:6]
         a_RI = lora_A.to(g_TO.dtype)
         dx = dw = db = dA = dE = dB = None
-        mask = None if ctx.seed is None else dropout_mask(x_TI, ctx.dropout, ctx.seed)
-        branch = x_TI if mask is None else x_TI * mask
+        mask = None if ctx.seed is None else dropped(x_TI, ctx.dropout, ctx.seed)
+        branch = x_TI if mask is None else x_TI.masked_fill(mask, 0)
         if need_x or need_A:
             h_TR = g_TO @ _folded(lora_B, lora_E, ctx.scale, g_TO.dtype)
             if need_A:
                 dA = (h_TR.t() @ branch).to(lora_A.dtype)
             if need_x:
                 dx = ctx.base.grad_input(weight, g_TO)
-                dx = dx.addmm_(h_TR, a_RI) if mask is None else dx.addcmul_(h_TR @ a_RI, mask)
+                dx = dx.addmm_(h_TR, a_RI) if mask is None else dx.add_((h_TR @ a_RI).masked_fill_(mask, 0))
         if need_E or need_B:
             m_OR = (g_TO.t() @ (branch @ a_RI.t())).to(lora_B.dtype).mul_(ctx.scale)
             if need_E:

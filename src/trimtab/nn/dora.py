@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.nn.adapted import Adapted
-from trimtab.nn.lowrank import draw_seed, dropout_mask
+from trimtab.nn.dropping import draw_seed, dropped, gain
 from trimtab.nn.precision import apply_rows, column_sum, compute_dtype_of, without_autocast
 from trimtab.nn.weights import Holder
 
@@ -86,11 +86,13 @@ class _DoRAFunction(torch.autograd.Function):
         dropout: float,
         seed: Tensor | None,
     ) -> Tensor:
+        gained = gain(dropout)
+        scale *= gained
         ctx.base, ctx.scale, ctx.dropout, ctx.seed = base, scale, dropout, seed
         ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, norms)
         ctx.bias_dtype = None if bias is None else bias.dtype
         c_O = _share(magnitude, norms)
-        branch = x if seed is None else x * dropout_mask(x, dropout, seed)
+        branch = x if seed is None else x.masked_fill(dropped(x, dropout, seed), 0)
         u_TR = branch @ lora_A.to(x.dtype).t()
         y_TO = base.matmul(weight, x, bias)
         if seed is None:
@@ -98,7 +100,7 @@ class _DoRAFunction(torch.autograd.Function):
             if bias is not None:
                 y_TO.add_(bias * (1 - c_O))  # exactly nothing as long as c = 1
         else:
-            y_TO.add_(base.matmul(weight, branch, None).mul_(c_O - 1))
+            y_TO.add_(base.matmul(weight, branch, None).mul_((c_O - 1) * gained))
         return y_TO.addmm_(u_TR, (lora_B * (c_O * scale)[:, None]).to(x.dtype).t())
 
     @staticmethod
@@ -107,8 +109,9 @@ class _DoRAFunction(torch.autograd.Function):
         x_TI, weight, lora_A, lora_B, magnitude, norms = ctx.saved_tensors
         need_x, need_w, need_b, need_A, need_B, need_m = ctx.needs_input_grad[:6]
         a_RI, b_OR = lora_A.to(g_TO.dtype), (lora_B * ctx.scale).to(g_TO.dtype)
-        mask = None if ctx.seed is None else dropout_mask(x_TI, ctx.dropout, ctx.seed)
-        branch = x_TI if mask is None else x_TI * mask
+        mask = None if ctx.seed is None else dropped(x_TI, ctx.dropout, ctx.seed)
+        branch = x_TI if mask is None else x_TI.masked_fill(mask, 0)
+        gained = gain(ctx.dropout)
         dx = dw = db = dA = dB = dm = None
         k_TO = (g_TO * _share(magnitude, norms)).to(g_TO.dtype)
         h_TR = k_TO @ b_OR
@@ -119,19 +122,19 @@ class _DoRAFunction(torch.autograd.Function):
             if need_B:
                 dB = (k_TO.t() @ u_TR).to(lora_B.dtype).mul_(ctx.scale)
             if need_m:
-                dm = ctx.base.matmul(weight, branch, None).addmm_(u_TR, b_OR.t()).mul_(g_TO)
+                dm = ctx.base.matmul(weight, branch, None).mul_(gained).addmm_(u_TR, b_OR.t()).mul_(g_TO)
                 dm = dm.sum(0, dtype=norms.dtype)
                 dm = torch.where(norms > 0, dm / norms, 0.0).to(magnitude.dtype)
         if need_x:
             if mask is None:
                 dx = ctx.base.grad_input(weight, k_TO).addmm_(h_TR, a_RI)
             else:
-                through = ctx.base.grad_input(weight, k_TO - g_TO).addmm_(h_TR, a_RI)
-                dx = ctx.base.grad_input(weight, g_TO).addcmul_(through, mask)
+                through = ctx.base.grad_input(weight, (k_TO - g_TO).mul_(gained)).addmm_(h_TR, a_RI)
+                dx = ctx.base.grad_input(weight, g_TO).add_(through.masked_fill_(mask, 0))
         if need_w:
-            dw = ctx.base.grad_weight(branch, k_TO)
+            dw = ctx.base.grad_weight(branch, k_TO) * gained
             if mask is not None:
-                dw = dw + ctx.base.grad_weight(x_TI - branch, g_TO)
+                dw = dw + ctx.base.grad_weight(x_TI - branch * gained, g_TO)
             dw = dw.to(weight.dtype)
         if need_b:
             db = column_sum(g_TO, ctx.bias_dtype)

@@ -8,8 +8,8 @@ Backward, with h_TR = s g_TO B_OR and u_TR = drop(x) A':
 
 The function saves x alone, which every layer that reads it shares; u is a skinny product and is formed
 again, and nothing of output width is kept or made beside y itself: s is folded into the small matrix and
-the low-rank term is added into y by `addmm_`. A dropout mask is not stored either: it is regenerated from
-a seed that was drawn from torch's CPU generator.
+the low-rank term is added into y by `addmm_`. A dropout mask is not stored either: it is drawn again from its
+seed, and what dropout multiplies by is folded into s (see `dropping`).
 
 A and B are fp32 parameters, cast to the activations' dtype here; W is whatever its holder says.
 """
@@ -23,37 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.nn.adapted import Adapted
+from trimtab.nn.dropping import draw_seed, dropped, gain
 from trimtab.nn.precision import apply_rows, column_sum
 from trimtab.nn.weights import Holder
 
 Context = Any
-
-
-def draw_seed(dropout: float) -> Tensor | None:
-    """A seed for `dropout_mask` from torch's CPU generator; None when nothing is dropped.
-
-    It stays a tensor, on the CPU: reading it as a number costs nothing there, and would break a compiled graph.
-    """
-    return torch.randint(2**62, (), device="cpu") if dropout else None
-
-
-def dropout_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """The mask of `seed`, of x's shape and dtype: 0 with probability p, else 1 / (1 - p)."""
-    mask: Tensor = _mask_op(x, p, seed) if torch.compiler.is_compiling() else _mask(x, p, seed)
-    return mask
-
-
-def _mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    if x.is_meta:  # there is no generator of that device, nor anything to draw
-        return torch.empty_like(x)
-    generator = torch.Generator(device=x.device).manual_seed(int(seed))
-    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p, generator=generator)
-    return keep.div_(1.0 - p)
-
-
-#: The mask as one operation that a compiler does not look into, since it cannot trace a generator.
-_mask_op: Any = torch.library.custom_op("trimtab::dropout_mask", _mask, mutates_args=())
-_mask_op.register_fake(lambda x, p, seed: torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 class _LoRAFunction(torch.autograd.Function):
@@ -70,10 +44,11 @@ class _LoRAFunction(torch.autograd.Function):
         dropout: float,
         seed: Tensor | None,
     ) -> Tensor:
+        scale *= gain(dropout)
         ctx.base, ctx.scale, ctx.dropout, ctx.seed = base, scale, dropout, seed
         ctx.save_for_backward(x, weight, lora_A, lora_B)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        branch = x if seed is None else x * dropout_mask(x, dropout, seed)
+        branch = x if seed is None else x.masked_fill(dropped(x, dropout, seed), 0)
         u_TR = branch @ lora_A.to(x.dtype).t()
         y_TO = base.matmul(weight, x, bias)
         return y_TO.addmm_(u_TR, (lora_B * scale).to(x.dtype).t())
@@ -85,15 +60,15 @@ class _LoRAFunction(torch.autograd.Function):
         need_x, need_w, need_b, need_A, need_B = ctx.needs_input_grad[:5]
         a_RI = lora_A.to(g_TO.dtype)
         dx = dw = db = dA = dB = None
-        mask = None if ctx.seed is None else dropout_mask(x_TI, ctx.dropout, ctx.seed)
-        branch = x_TI if mask is None else x_TI * mask
+        mask = None if ctx.seed is None else dropped(x_TI, ctx.dropout, ctx.seed)
+        branch = x_TI if mask is None else x_TI.masked_fill(mask, 0)
         if need_x or need_A:
             h_TR = g_TO @ (lora_B * ctx.scale).to(g_TO.dtype)
             if need_A:
                 dA = (h_TR.t() @ branch).to(lora_A.dtype)
             if need_x:
                 dx = ctx.base.grad_input(weight, g_TO)
-                dx = dx.addmm_(h_TR, a_RI) if mask is None else dx.addcmul_(h_TR @ a_RI, mask)
+                dx = dx.addmm_(h_TR, a_RI) if mask is None else dx.add_((h_TR @ a_RI).masked_fill_(mask, 0))
         if need_B:
             dB = (g_TO.t() @ (branch @ a_RI.t())).to(lora_B.dtype).mul_(ctx.scale)
         if need_w:

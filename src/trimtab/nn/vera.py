@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trimtab.nn.adapted import Adapted
-from trimtab.nn.lowrank import draw_seed, dropout_mask
+from trimtab.nn.dropping import draw_seed, dropped, gain
 from trimtab.nn.pairs import Pairs
 from trimtab.nn.precision import column_sum, compute_dtype_of, without_autocast
 from trimtab.nn.reading import share
@@ -140,11 +140,11 @@ class _DropFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, p: float, seed: Tensor) -> Tensor:
         ctx.p, ctx.seed = p, seed
-        return x * dropout_mask(x, p, seed)
+        return x.masked_fill(dropped(x, p, seed), 0).mul_(gain(p))
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Any, ...]:
-        return grads[0] * dropout_mask(grads[0], ctx.p, ctx.seed), None, None
+        return grads[0].masked_fill(dropped(grads[0], ctx.p, ctx.seed), 0).mul_(gain(ctx.p)), None, None
 
 
 def vera_linear(
