@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from trimtab.methods import (
         IA3,
+        READ,
         AdaLoRA,
         Adapter,
         BitFit,
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IA3",
+    "READ",
     "AdaLoRA",
     "Adapter",
     "BitFit",
@@ -95,6 +97,7 @@ _HOMES = {
         "Method",
         "PrefixTuning",
         "PromptTuning",
+        "READ",
         "ReLoRA",
         "StepReport",
         "VeRA",

@@ -13,6 +13,7 @@ from trimtab.methods.lora import LoRA
 from trimtab.methods.lora_combine import combine
 from trimtab.methods.prefix import PrefixTuning
 from trimtab.methods.prompt import PromptTuning
+from trimtab.methods.read import READ
 from trimtab.methods.registry import MethodField, attach, load_adapter, parse_method, registry
 from trimtab.methods.relora import ReLoRA
 from trimtab.methods.vera import VeRA
@@ -20,6 +21,7 @@ from trimtab.methods.vera import VeRA
 __all__ = [
     "GROUPS",
     "IA3",
+    "READ",
     "AdaLoRA",
     "Adapter",
     "AdapterState",

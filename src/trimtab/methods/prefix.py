@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import Method
-from trimtab.methods.soft import SoftPrompt, SoftPromptAdapter, is_encoder_decoder, part
+from trimtab.methods.soft import SoftPrompt, SoftPromptAdapter
 from trimtab.nn.draw import stable_generator
 from trimtab.nn.inject import is_linear
 from trimtab.nn.precision import compute_dtype_of
 from trimtab.nn.residence import Residence
+from trimtab.nn.stacks import is_encoder_decoder, part
 from trimtab.nn.virtual import VirtualTokens, backbone, name_of, named_arguments, read_shape
 from trimtab.nn.weights import shape_of
 

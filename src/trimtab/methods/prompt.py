@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import Method
-from trimtab.methods.soft import SAVED, SoftPrompt, SoftPromptAdapter, is_encoder_decoder, part
+from trimtab.methods.soft import SAVED, SoftPrompt, SoftPromptAdapter
 from trimtab.nn.draw import stable_generator
 from trimtab.nn.residence import Residence
+from trimtab.nn.stacks import is_encoder_decoder, part
 from trimtab.nn.virtual import VirtualTokens, backbone, input_embeddings, name_of, named_arguments, read_shape
 
 Init = Literal["vocab", "text", "random"]

@@ -21,6 +21,7 @@ from trimtab.methods.folder import SavedAdapter, reading_config, refuse_unknown
 from trimtab.methods.foldercheck import HEADS
 from trimtab.methods.frozen import FrozenBase, FrozenBaseAdapter
 from trimtab.nn.residence import Residence
+from trimtab.nn.stacks import is_encoder_decoder
 from trimtab.nn.virtual import VirtualTokens, position_limit, qualified
 
 #: The one tensor of PEFT's files.
@@ -215,21 +216,3 @@ def task_type(model: nn.Module) -> str:
     if not (callable(generates) and generates()):
         return "FEATURE_EXTRACTION"
     return "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model reads with an encoder and writes with a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def part(model: nn.Module, kind: str) -> nn.Module:
-    """The "encoder" or "decoder" of an encoder-decoder model.
-
-    Raises:
-        ConfigError: the model does not say which it is.
-    """
-    getter = getattr(model, f"get_{kind}", None)
-    found = getter() if callable(getter) else None
-    if not isinstance(found, nn.Module) or found is model:
-        raise ConfigError(f"{type(model).__name__} has no get_{kind}() that names its {kind}")
-    return found

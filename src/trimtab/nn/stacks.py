@@ -1,0 +1,270 @@
+"""The stacks of blocks of a Transformer, and hooks that run a stack without gradients and see what each block gives.
+
+A block is called with gradients switched off: frozen parameters alone would not do, since a model may let the inputs
+of its blocks require gradients (`enable_input_require_grads`). So autograd keeps nothing of a block, whatever the
+model, and whoever listens gets each block's hidden states as soon as they are there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import ConfigError
+from trimtab.nn.swap import Swapped, put_on, take_off
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that run one after the other.
+
+    Attributes:
+        name: of the list that holds the blocks, in the model.
+        owner_name: of the module that holds the list; empty for the model itself.
+        owner: that module, whose forward runs the blocks.
+        blocks: the list's elements.
+        calls: how many times a block is called in one forward; more than there are blocks where they are shared.
+    """
+
+    name: str
+    owner_name: str
+    owner: nn.Module
+    blocks: tuple[nn.Module, ...]
+    calls: int
+
+    @property
+    def shared(self) -> bool:
+        """Whether a block runs more than once in a forward."""
+        return self.calls != len(self.blocks)
+
+
+def find_stacks(model: nn.Module, named: tuple[str, ...] = ()) -> list[Stack]:
+    """The stacks of a model, in its order.
+
+    Without names they are the outermost `nn.ModuleList`s whose elements are all of transformers'
+    GradientCheckpointingLayer: the parts of a model that could be run again one at a time are its blocks.
+
+    Args:
+        model: any module.
+        named: endings of the names of lists, instead.
+
+    Raises:
+        ConfigError: a name fits no list, or more than one; or nothing was found.
+    """
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module)
+    }
+    if named:
+        return [_stack(model, _one(lists, ending)) for ending in named]
+    found = [
+        name for name, module in lists.items() if isinstance(module, nn.ModuleList) and all(map(_is_block, module))
+    ]
+    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if not outermost:
+        raise ConfigError(
+            f"{type(model).__name__} has no list of blocks that could be found; name it with "
+            f"blocks=['<name>']. Its lists are: {', '.join(lists) or 'none'}"
+        )
+    return [_stack(model, name) for name in outermost]
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module is of transformers' class of blocks, told by name, so that nothing is imported."""
+    return any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
+
+
+def _one(lists: dict[str, nn.Module], ending: str) -> str:
+    fits = [name for name in lists if name == ending or name.endswith(f".{ending}")]
+    if len(fits) != 1:
+        what = "no list of blocks" if not fits else f"{len(fits)} lists ({', '.join(fits)})"
+        raise ConfigError(
+            f"blocks: {ending!r} fits {what}; the model's lists are {', '.join(lists) or 'none'}"
+            f"{'; give a longer ending' if fits else ''}"
+        )
+    return fits[0]
+
+
+def _stack(model: nn.Module, name: str) -> Stack:
+    blocks = tuple(model.get_submodule(name).children())
+    owner_name = name.rpartition(".")[0]
+    owner = model.get_submodule(owner_name)
+    config: Any = getattr(owner, "config", None) or getattr(model, "config", None)
+    # A config that counts groups of layers says that the layers of a group are one module (ALBERT).
+    shared = getattr(config, "num_hidden_groups", None) is not None
+    return Stack(name, owner_name, owner, blocks, config.num_hidden_layers if shared else len(blocks))
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model reads with an encoder and writes with a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def part(model: nn.Module, kind: str) -> nn.Module:
+    """The "encoder" or "decoder" of an encoder-decoder model.
+
+    Raises:
+        ConfigError: the model does not say which it is.
+    """
+    getter = getattr(model, f"get_{kind}", None)
+    found = getter() if callable(getter) else None
+    if not isinstance(found, nn.Module) or found is model:
+        raise ConfigError(f"{type(model).__name__} has no get_{kind}() that names its {kind}")
+    return found
+
+
+class DepthHooks:
+    """The hooks on one stack.
+
+    Args:
+        stack: whose blocks are run without gradients.
+        begin: called before the first block of a forward.
+        each: called with the number of a block, from 0, and its hidden states (B, S, d), after it ran, in the grad
+            mode of the caller. What it returns stands in the place of the hidden states; None leaves them.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        begin: Callable[[], None],
+        each: Callable[[int, Tensor], Tensor | None],
+    ) -> None:
+        self.stack = stack
+        self._begin = begin
+        self._each = each
+        self._done = 0
+        self._modes: list[bool] = []
+        self._handles: list[Any] = []
+
+    def put_on(self) -> None:
+        """Hook the stack's owner and its blocks."""
+        owner = self.stack.owner
+        self._handles.append(owner.register_forward_pre_hook(self._before_stack))
+        self._handles.append(owner.register_forward_hook(self._after_stack))
+        for block in dict.fromkeys(self.stack.blocks):
+            self._handles.append(block.register_forward_pre_hook(self._before_block))
+            # Called even if the block fails, so that gradients do not stay off.
+            self._handles.append(block.register_forward_hook(self._after_block, always_call=True))
+
+    def take_off(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._done = 0
+
+    @property
+    def current(self) -> int:
+        """The number of the block that runs now, or runs next."""
+        return self._done
+
+    def _before_stack(self, owner: nn.Module, args: Any) -> None:
+        self._done = 0
+
+    def _after_stack(self, owner: nn.Module, args: Any, output: Any) -> None:
+        if self._done != self.stack.calls:
+            raise ConfigError(
+                f"{self.stack.name}: {self._done} of {self.stack.calls} blocks ran in this forward; every block must "
+                "run once and in order (no layer drop, no early exit)"
+            )
+        self._done = 0
+
+    def _before_block(self, block: nn.Module, args: Any) -> None:
+        self._check_order(block)
+        if self._done == 0:
+            self._modes.clear()
+            self._begin()
+        self._modes.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    def _check_order(self, block: nn.Module) -> None:
+        blocks = self.stack.blocks
+        if block is blocks[0] and not self.stack.shared:
+            self._done = 0  # a forward that was cut short is forgotten
+        elif self._done >= self.stack.calls or not (self.stack.shared or block is blocks[self._done]):
+            at = next(number for number, one in enumerate(blocks) if one is block)
+            raise ConfigError(
+                f"{self.stack.name}: block {at} ran where block {self._done} of {self.stack.calls} was due; every "
+                "block must run once and in order (no layer drop, no early exit)"
+            )
+
+    def _after_block(self, block: nn.Module, args: Any, output: Any) -> Any:
+        if self._modes:
+            torch.set_grad_enabled(self._modes.pop())
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden is None:  # the block failed, and its error is on its way
+            return None
+        if not isinstance(hidden, Tensor):
+            raise ConfigError(
+                f"{self.stack.name}: block {self._done} gives {type(output).__name__}, and hidden states must be a "
+                "tensor, or the first of a tuple"
+            )
+        changed = self._each(self._done, hidden)
+        self._done += 1
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+class _Still(Swapped):
+    """Mixin of a module that stays in eval mode: its dropout is off whatever `model.train()` says."""
+
+    label = "Still"
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)  # type: ignore[misc]
+
+
+def still_parts(model: nn.Module, trained: set[int]) -> Iterator[nn.Module]:
+    """The largest parts of a model's backbone that hold nothing that trains; heads are no part of it.
+
+    Args:
+        model: with or without a head.
+        trained: ids of the parameters that train.
+    """
+
+    def parts(module: nn.Module) -> Iterator[nn.Module]:
+        if module is not model and not any(id(p) in trained for p in module.parameters()):
+            yield module
+        else:
+            for child in module.children():
+                yield from parts(child)
+
+    base = getattr(model, "base_model", model)  # transformers' name for a model without its head
+    yield from dict.fromkeys(parts(base if isinstance(base, nn.Module) else model))
+
+
+def keep_still(parts: Iterator[nn.Module]) -> list[nn.Module]:
+    """Put modules into eval mode for good; returns them, for `let_go`."""
+    held = list(parts)
+    for module in held:
+        put_on(module, _Still)
+        module.eval()
+    return held
+
+
+def let_go(parts: list[nn.Module], training: bool) -> None:
+    """Undo `keep_still`, and bring the modules into the mode that their model is in."""
+    for module in parts:
+        take_off(module, _Still)
+        module.train(training)
+
+
+def stop_checkpointing(model: nn.Module) -> list[nn.Module]:
+    """Switch activation checkpointing off where it is on, and say so; returns the modules, to switch it on again."""
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    if on:
+        warnings.warn(
+            "gradient checkpointing is switched off: nothing of the blocks is kept for a backward pass, so there is "
+            "nothing to save by running them twice",
+            stacklevel=2,
+        )
+    for module in on:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    return on
