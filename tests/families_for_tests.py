@@ -95,7 +95,7 @@ def bart() -> nn.Module:
         tf.BartConfig(
             vocab_size=VOCAB, d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_layers=3, decoder_layers=2,
             encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64, forced_eos_token_id=None,
-            **SPECIAL,
+            init_std=0.3, **SPECIAL,
         ),
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def marian() -> nn.Module:
         tf.MarianConfig(
             vocab_size=VOCAB, d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_layers=2, decoder_layers=3,
             encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64, forced_eos_token_id=None,
-            **SPECIAL,
+            init_std=0.3, **SPECIAL,
         ),
     )  # fmt: skip
 
@@ -137,12 +137,12 @@ def batch_for(family: str, *, seed: int = 1, rows: int = 3) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     ids = token_ids(seed=seed, rows=rows)
     if family == "whisper":
-        return {"input_features": torch.randn(rows, 8, 32, generator=generator), "labels": ids[:, :6]}
+        return {"input_features": torch.randn(rows, 8, 32, generator=generator), "labels": ids[:, :6].contiguous()}
     if family == "vit":
         images = torch.randn(rows, 3, 16, 16, generator=generator)
         return {"pixel_values": images, "labels": torch.arange(rows) % 3}
     if family in ENCODERS:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % 2}
     if family in PAIRS:
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :7]}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :7].contiguous()}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

@@ -158,9 +158,11 @@ def test_the_head_keeps_its_dropout() -> None:
     model.dropout.p = 0.5
     trimtab.attach(model, READ(size=8))
     model.train()
-    assert model.dropout.training and model.classifier.training and not model.bert.training
-    model.bert.train()
-    assert not model.bert.encoder.training
+    assert model.dropout.training and model.classifier.training
+    assert not model.bert.encoder.training and not model.bert.embeddings.training
+    model.bert.encoder.layer[0].train()
+    model.train()
+    assert not any(module.training for module in model.bert.encoder.modules())
 
 
 def test_modes_come_back_with_the_model() -> None:

@@ -29,6 +29,7 @@ from trimtab.nn.draw import stable_generator
 from trimtab.nn.inject import head_modules
 from trimtab.nn.recurrence import Cell
 from trimtab.nn.residence import Residence
+from trimtab.nn.sidelink import Link, Reader
 from trimtab.nn.sidenet import Aggregate, DepthRun, SideNetwork
 from trimtab.nn.stacks import (
     DepthHooks,
@@ -144,12 +145,14 @@ class READAdapter(FrozenBaseAdapter):
         self._stacks = _choose(model, config)
         self._crossing = self._find_crossing()
         self._sides = self._make_sides()
-        self._encoded: _Encoded | None = None
-        self._joined: Tensor | None = None
+        self._link = Link(self._sides[-1])
         self._handles: list[Any] = []
         self._still: list[nn.Module] = []
         self._unchecked: list[nn.Module] = []
-        self._hooks = [self._hooks_of(number) for number in range(len(self._stacks))]
+        self._hooks = []
+        for stack, side in zip(self._stacks, self._sides, strict=True):
+            run = DepthRun(side, config.aggregate, config.scale, stack.calls)
+            self._hooks.append(DepthHooks(stack, Reader(run, self._link)))
         self._begin()
 
     # -- what it is made of --------------------------------------------------------------------
@@ -188,21 +191,6 @@ class READAdapter(FrozenBaseAdapter):
         """What a stack computes in: the compute dtype of its first floating-point parameter."""
         inside = [dtype for name, dtype in self._residence.compute.items() if name.startswith(f"{stack.name}.")]
         return inside[0] if inside else self._residence.dtype or torch.get_default_dtype()
-
-    def _hooks_of(self, number: int) -> DepthHooks:
-        stack = self._stacks[number]
-        run = DepthRun(self._sides[number], self.config.aggregate, self.config.scale, stack.calls)
-        encodes = number == 0 and self._crossing is not None
-
-        def each(call: int, phi: Tensor) -> Tensor | None:
-            joined, self._joined = self._joined, None
-            h = run.advance(call, phi, joined)
-            if h is None or not encodes:
-                return None if h is None else run.corrected(phi, h)
-            self._found = h
-            return None
-
-        return DepthHooks(stack, run.begin, each)
 
     def _in_full(self) -> Iterable[str]:
         chosen = self.config.train_also
@@ -249,13 +237,12 @@ class READAdapter(FrozenBaseAdapter):
             hooks.put_on()
         self._unchecked = stop_checkpointing(self.model)
         if not self.config.backbone_dropout:
-            own = {id(parameter) for parameter in self.own().values()}
-            trained = own | {id(self._residence.parameters[name]) for name in self._residence.trained}
+            trained = {id(self._residence.parameters[name]) for name in self._residence.trained}
             self._still = keep_still(still_parts(self.model, trained))
         if self._crossing is not None:
             encoder = part(self.model, "encoder")
-            self._handles.append(encoder.register_forward_hook(self._after_encoder))
-            self._crossing.put_on(self._values, self._take_joined)
+            self._handles.append(encoder.register_forward_hook(self._link.after_encoder))
+            self._crossing.put_on(self._link.values, self._link.take)
 
     def _remove(self) -> None:
         if self._crossing is not None:
@@ -272,7 +259,7 @@ class READAdapter(FrozenBaseAdapter):
             hooks.take_off()
         for stack in self._stacks:
             del stack.owner._modules[SIDE]
-        self._encoded = self._joined = None
+        self._link.clear()
 
     def own(self) -> dict[str, nn.Parameter]:
         return {
@@ -280,31 +267,6 @@ class READAdapter(FrozenBaseAdapter):
             for stack, side in zip(self._stacks, self._sides, strict=True)
             for name, parameter in side.named_parameters()
         }
-
-    # -- encoder to decoder --------------------------------------------------------------------
-
-    def _after_encoder(self, encoder: nn.Module, args: Any, output: Any) -> None:
-        states = output[0]
-        if states.shape[:2] != self._found.shape[:2]:
-            raise ConfigError(
-                f"{type(encoder).__name__} gives {tuple(states.shape)} after blocks of {tuple(self._found.shape[:2])} "
-                "tokens, so the decoder's cross-attention does not see the blocks' tokens; use joiner='none'"
-            )
-        self._encoded = _Encoded(states, self._found)
-        del self._found
-
-    def _values(self, states: Tensor) -> Tensor:
-        """The values of the cross-attention to these outputs of the encoder."""
-        if self._encoded is None or not self._encoded.gave(states):
-            raise ConfigError(
-                "the decoder was given encoder outputs that this model's encoder did not just compute, so what READ "
-                "found in the encoder is not known for them; run the encoder again with the adapter at work, or "
-                "attach READ with joiner='none'"
-            )
-        return self._encoded.values(self._sides[1])
-
-    def _take_joined(self, block: int, joined: Tensor) -> None:
-        self._joined = joined
 
     # -- results -------------------------------------------------------------------------------
 
@@ -317,45 +279,6 @@ class READAdapter(FrozenBaseAdapter):
         settings["blocks"] = [stack.name for stack in self._stacks]
         config = {**self._peft_config(FILE_TYPE), **settings, "modules_to_save": modules or None}
         return SavedAdapter(config, dict(self.own()) | full, self._extra())
-
-
-class _Encoded:
-    """What the encoder gave last, and what READ found in it.
-
-    Args:
-        states: the encoder's output (B, S, d).
-        h: agg(h) (B, S, k) of the encoder's network.
-    """
-
-    def __init__(self, states: Tensor, h: Tensor) -> None:
-        self.states, self.h = states, h
-
-        self._values: tuple[tuple[Any, ...], Tensor] | None = None
-
-    def gave(self, states: Tensor) -> bool:
-        """Whether these are the encoder's outputs, or those with each sequence repeated, as beam search does."""
-        if states is self.states:
-            return True
-        mine, times = self.states.detach(), states.shape[0] // self.states.shape[0]
-        if states.shape != (mine.shape[0] * times, *mine.shape[1:]) or states.dtype != mine.dtype:
-            return False
-        if not torch.equal(mine.to(states.device).repeat_interleave(times, dim=0), states):
-            return False
-        # The decoder asks again for each block, and for each token of a generated text.
-        self.states, self.h, self._values = states, self.h.repeat_interleave(times, dim=0), None
-        return True
-
-    def values(self, side: SideNetwork) -> Tensor:
-        """H as values of the cross-attention, formed once for all blocks."""
-        weight: Any = side.joiner_weight
-        state = (weight._version, torch.is_grad_enabled())
-        if self._values is None or self._values[0] != state:
-            self._values = (state, side.values(self.h))
-        return self._values[1]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model has encoded nothing yet."""
-        return None
 
 
 def _choose(model: nn.Module, config: READ) -> list[Stack]:

@@ -66,20 +66,14 @@ class SideNetwork(nn.Module):
         recurrent = cell != "none"
         kind: Cell = "rnn" if cell == "none" else cell
 
-        def cell_of() -> DepthCell:
-            return DepthCell(
-                width,
-                size,
-                kind=kind,
-                joined=joined,
-                recurrent=recurrent,
-                generator=generator,
-                device=device,
-                dtype=dtype,
-            )
-
         self.recurrent = recurrent
-        self.cells = nn.ModuleList(cell_of() for _ in range(1 if recurrent else calls))
+        self.cells = nn.ModuleList(
+            DepthCell(width, size, kind=kind, joined=joined, generator=generator, device=device, dtype=dtype)
+            for _ in range(1 if recurrent else calls)
+        )
+        if not recurrent:
+            for one in self.cells:
+                _let_stand_alone(one)
 
         def matrix(rows: int, columns: int, *, zero: bool = False) -> nn.Parameter:
             bound = 1.0 / math.sqrt(columns or 1)
@@ -101,6 +95,14 @@ class SideNetwork(nn.Module):
         """The encoder's h (B, S, k) as values (B, S, `values`) of a cross-attention."""
         assert self.joiner_weight is not None
         return cast_linear(h, self.joiner_weight, None, h.dtype)
+
+
+def _let_stand_alone(cell: nn.Module) -> None:
+    """What a cell would do with the state before is no parameter: there is none."""
+    for name in ("weight_hh", "bias_hh"):
+        value = torch.zeros_like(cell.get_parameter(name).detach())
+        delattr(cell, name)
+        cell.register_buffer(name, value, persistent=False)
 
 
 class DepthRun:

@@ -8,9 +8,9 @@ model, and whoever listens gets each block's hidden states as soon as they are t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -119,25 +119,35 @@ def part(model: nn.Module, kind: str) -> nn.Module:
     return found
 
 
+class Listener(Protocol):
+    """Who hears what the blocks of a stack give."""
+
+    def begin(self) -> None:
+        """Called before the first block of a forward."""
+
+    def hear(self, number: int, phi: Tensor) -> Tensor | None:
+        """Called after each block, in the grad mode of the caller.
+
+        Args:
+            number: of the call of a block, from 0.
+            phi: its hidden states (B, S, d).
+
+        Returns:
+            What stands in the place of the hidden states; None leaves them.
+        """
+
+
 class DepthHooks:
     """The hooks on one stack.
 
     Args:
         stack: whose blocks are run without gradients.
-        begin: called before the first block of a forward.
-        each: called with the number of a block, from 0, and its hidden states (B, S, d), after it ran, in the grad
-            mode of the caller. What it returns stands in the place of the hidden states; None leaves them.
+        listener: who hears of it. An object, and no closure, so that a copied model has a listener of its own.
     """
 
-    def __init__(
-        self,
-        stack: Stack,
-        begin: Callable[[], None],
-        each: Callable[[int, Tensor], Tensor | None],
-    ) -> None:
+    def __init__(self, stack: Stack, listener: Listener) -> None:
         self.stack = stack
-        self._begin = begin
-        self._each = each
+        self._listener = listener
         self._done = 0
         self._modes: list[bool] = []
         self._handles: list[Any] = []
@@ -179,7 +189,7 @@ class DepthHooks:
         self._check_order(block)
         if self._done == 0:
             self._modes.clear()
-            self._begin()
+            self._listener.begin()
         self._modes.append(torch.is_grad_enabled())
         torch.set_grad_enabled(False)
 
@@ -205,7 +215,7 @@ class DepthHooks:
                 f"{self.stack.name}: block {self._done} gives {type(output).__name__}, and hidden states must be a "
                 "tensor, or the first of a tuple"
             )
-        changed = self._each(self._done, hidden)
+        changed = self._listener.hear(self._done, hidden)
         self._done += 1
         if changed is None:
             return None
