@@ -143,8 +143,10 @@ class LadderAdapter(BesideAdapter):
 
     def _cut(self, sides: list[LadderNetwork], pairs: list[Pair]) -> None:
         """Let the side networks be parts of the stacks."""
-        config = config_of(self._stacks[-1], self.model)
-        small = reduced_config(config, self.config.reduction)
+        configs = [config_of(stack, self.model) for stack in self._stacks]
+        config, small = configs[-1], reduced_config(configs[-1], self.config.reduction)
+        if len({one.hidden_size for one in configs}) > 1:
+            raise ConfigError("init='pruned': encoder and decoder are not of one width; use init='drawn'")
         rotated = any(len(side.rotary) for side in sides)
         kept = cut_blocks(pairs, config.hidden_size, small.hidden_size, rotated=rotated)
         for stack, side in zip(self._stacks, sides, strict=True):

@@ -88,7 +88,7 @@ class LadderNetwork(nn.Module):
         for down in self.downs:
             weight: Any = down.weight
             with torch.no_grad():
-                weight[torch.arange(len(kept)), kept] = 1.0
+                weight.zero_()[torch.arange(len(kept)), kept] = 1.0
 
     def rotary_beside(self, owner: nn.Module) -> dict[nn.Module, nn.Module]:
         """The modules that give rotary embeddings, by those of the stack's owner."""

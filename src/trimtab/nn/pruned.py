@@ -87,6 +87,11 @@ def _dense(module: nn.Module) -> Iterable[tuple[slice, Tensor]]:
         yield block, holder.rows(weight, block).detach().cpu()
 
 
+def _of_heads(key: str) -> bool:
+    """Whether a norm within an attention is of its queries or keys, and not of the hidden states."""
+    return key.rpartition(".")[0].rpartition(".")[2][:1].lower() in ("q", "k")
+
+
 class _Cut:
     """What a block is made of, and how important each part is.
 
@@ -203,12 +208,13 @@ class _Cut:
 
     def _fill_other(self, key: str, parameter: Tensor) -> None:
         """A norm, a scale, or a table of biases that is one per head."""
-        value = self.block.get_parameter(key).detach().cpu()
+        value, group = self.block.get_parameter(key).detach().cpu(), self._group(key)
         if value.shape == parameter.shape:
             _put(parameter, value)
+        elif value.dim() == 1 and group and _of_heads(key) and not len(value) % self.head:
+            positions = torch.arange(len(value) // self.head)[:, None] * self.head + self._kept_heads[group]
+            _put(parameter, value[positions.flatten()])
         elif value.dim() == 1 and len(value) == self.width and len(parameter) == len(self._kept_stream):
             _put(parameter, value[self._kept_stream])
-        elif value.dim() == 1 and len(value) == self.head and (group := self._group(key)) in self._kept_heads:
-            _put(parameter, value[self._kept_heads[group]])
         else:
             raise self._unknown(key, value.shape)

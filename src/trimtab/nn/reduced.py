@@ -42,14 +42,15 @@ def config_of(stack: Stack, model: nn.Module) -> Any:
     """The config of the model, or of its part, that holds a stack.
 
     Raises:
-        ConfigError: it does not say how wide the hidden states are.
+        ConfigError: it does not say how wide the hidden states are, and how many heads share them.
     """
     config: Any = getattr(stack.owner, "config", None) or getattr(model, "config", None)
-    if not isinstance(getattr(config, "hidden_size", None), int):
-        raise ConfigError(
-            f"{type(model).__name__}: a side network is made from a model's config, and this one has none that says "
-            "how wide its hidden states are; use a Hugging Face model, or another method"
-        )
+    for name in ("hidden_size", "num_attention_heads"):
+        if not isinstance(getattr(config, name, None), int):
+            raise ConfigError(
+                f"{type(model).__name__} has no config with a {name}, from which a narrower stack could be made; use a "
+                "Transformer of Hugging Face's, or another method"
+            )
     return config
 
 
@@ -57,8 +58,8 @@ def _named(config: Any, names: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """The settings among `names` that a config stores, under the names that it stores them by."""
     alias = getattr(config, "attribute_map", {})
     for name in dict.fromkeys(alias.get(name, name) for name in names):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
+        value, computed = getattr(config, name, None), isinstance(getattr(type(config), name, None), property)
+        if isinstance(value, int) and not isinstance(value, bool) and not computed:
             yield name, value
 
 
@@ -159,7 +160,8 @@ def reduced_owner(stack: Stack, config: Any, model: nn.Module, generator: torch.
         raise ConfigError(
             f"{plain.__name__} made from its config has {len(blocks)} blocks, and {stack.name} has {len(stack.blocks)}"
         )
-    for block, small in zip(stack.blocks, blocks, strict=True):
+    narrower = config.hidden_size < config_of(stack, model).hidden_size
+    for block, small in zip(stack.blocks, blocks, strict=True) if narrower else ():
         _check_narrower(stack.name, block, small)
     return made
 
