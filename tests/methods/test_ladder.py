@@ -221,16 +221,17 @@ def test_neither_padding_nor_a_neighbour_matters() -> None:
         assert torch.allclose(other, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_attention_is_the_models_also_when_it_is_changed_later(attention: str) -> None:
+@pytest.mark.parametrize(("first", "then"), [("eager", "sdpa"), ("sdpa", "eager")])
+def test_the_attention_is_the_models_also_when_it_is_changed_later(first: str, then: str) -> None:
     """BERT's masks are of another kind for each implementation, and the side network gets the model's."""
     model, batch = tiny_bert(), batch_for("bert")
     batch["attention_mask"][0, 5:] = 0
+    model.set_attn_implementation(first)
     adapter = trimtab.attach(model, Ladder(reduction=4))
     shaken(adapter)
     with torch.no_grad():
         before = model.eval()(**batch).logits
-        model.set_attn_implementation(attention)
+        model.set_attn_implementation(then)
         torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)
         batch["input_ids"][0, 5:] = 1
         torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)

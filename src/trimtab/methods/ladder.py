@@ -95,6 +95,7 @@ class LadderAdapter(BesideAdapter):
 
     def _make_sides(self) -> list[LadderNetwork]:
         self._runs: list[LadderRun] = []
+        self._configs: list[tuple[Any, Any]] = []
         sides, pairs = [], []
         for number, stack in enumerate(self._stacks):
             kept = self._kept(stack)
@@ -117,6 +118,7 @@ class LadderAdapter(BesideAdapter):
             )
             side.draw_downs(stable_generator(self._seed, "downs", stack.name))
             sides.append(side)
+            self._configs.append((config, small))
         if self.config.init == "pruned" and not any(p.is_meta for p in self.model.parameters()):
             self._cut(sides, pairs)
         for stack, side in zip(self._stacks, sides, strict=True):
@@ -143,9 +145,8 @@ class LadderAdapter(BesideAdapter):
 
     def _cut(self, sides: list[LadderNetwork], pairs: list[Pair]) -> None:
         """Let the side networks be parts of the stacks."""
-        configs = [config_of(stack, self.model) for stack in self._stacks]
-        config, small = configs[-1], reduced_config(configs[-1], self.config.reduction)
-        if len({one.hidden_size for one in configs}) > 1:
+        config, small = self._configs[-1]
+        if any(one.hidden_size != config.hidden_size for one, _ in self._configs):
             raise ConfigError("init='pruned': encoder and decoder are not of one width; use init='drawn'")
         rotated = any(len(side.rotary) for side in sides)
         kept = cut_blocks(pairs, config.hidden_size, small.hidden_size, rotated=rotated)
@@ -175,6 +176,7 @@ class LadderAdapter(BesideAdapter):
             stack,
             self.config.temperature,
             self._compute_dtype(stack),
+            self._configs[number],
             self._encoded if self._pair else None,
         )
         self._runs.append(run)

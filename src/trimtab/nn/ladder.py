@@ -103,13 +103,22 @@ class LadderRun:
         stack: the stack.
         temperature: T.
         dtype: that the stack computes in.
+        configs: of the model and of the side blocks, which take over the attention implementation, since the masks
+            that they get are made for it.
         encoded: what passes from encoder to decoder; None in models of one stack.
     """
 
     def __init__(
-        self, side: LadderNetwork, stack: Stack, temperature: float, dtype: torch.dtype, encoded: Encoded | None
+        self,
+        side: LadderNetwork,
+        stack: Stack,
+        temperature: float,
+        dtype: torch.dtype,
+        configs: tuple[Any, Any],
+        encoded: Encoded | None,
     ) -> None:
-        self.side, self.stack, self.temperature, self.dtype, self.encoded = side, stack, temperature, dtype, encoded
+        self.side, self.stack, self.temperature, self.dtype = side, stack, temperature, dtype
+        self.configs, self.encoded = configs, encoded
         self._handles: list[Any] = []
         self._tried = False
         self._forget()
@@ -123,8 +132,8 @@ class LadderRun:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LadderRun:
         """A copy for a copied model: what a forward left behind is no part of it."""
-        side, stack = copy.deepcopy(self.side, memo), copy.deepcopy(self.stack, memo)
-        return LadderRun(side, stack, self.temperature, self.dtype, copy.deepcopy(self.encoded, memo))
+        side, stack, configs = copy.deepcopy((self.side, self.stack, self.configs), memo)
+        return LadderRun(side, stack, self.temperature, self.dtype, configs, copy.deepcopy(self.encoded, memo))
 
     # -- what it sees of a forward -------------------------------------------------------------
 
@@ -179,6 +188,9 @@ class LadderRun:
 
     def begin(self) -> None:
         self._s = None
+        config, own = self.configs
+        if own._attn_implementation != config._attn_implementation:  # somebody changed it
+            own._attn_implementation = config._attn_implementation
 
     def hear(self, number: int, phi: Tensor) -> Tensor | None:
         given, self._call = self._call, {}
