@@ -24,6 +24,9 @@ from transformers import (
     GPT2LMHeadModel,
     MarianConfig,
     MarianMTModel,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
     TrOCRConfig,
     UMT5Config,
     UMT5ForConditionalGeneration,
@@ -185,7 +188,8 @@ def test_c_is_the_probabilities_times_the_values(family: str, implementation: st
     model = build(family, implementation)
     batch = batch_of(model, padded=padded)
     with tapped(model) as tap, torch.no_grad():
-        model(**batch)
+        out = model(**batch)
+    assert all(states is out.encoder_last_hidden_state for states in tap.states)
     theirs = expected(model, batch, tap.weight)
     assert [j for j, _ in tap.c] == list(range(BLOCKS))
     for (_, c), other in zip(tap.c, theirs, strict=True):
@@ -208,7 +212,9 @@ def test_the_model_computes_what_it_did(family: str, implementation: str) -> Non
         with torch.no_grad():
             quiet = model(**batch).logits
         loud = model(**batch).logits
-        grads = torch.autograd.grad(loud.square().sum(), list(model.parameters()), allow_unused=True)
+        grads = torch.autograd.grad(
+            loud.square().sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True
+        )
         return quiet, loud, list(grads)
 
     before = run()
@@ -437,6 +443,41 @@ def test_autocast() -> None:
     assert all(c.dtype == torch.bfloat16 for _, c in tap.c)
     assert all((c - e).abs().max() < 0.05 * e.abs().max() for (_, c), e in zip(tap.c, exact, strict=True))
     assert tap.weight.grad is not None and tap.weight.grad.dtype == torch.float32
+
+
+def test_grouped_and_capped_attention() -> None:
+    """Values have the width of the key and value heads, c that of the queries'; what else shapes P is in c."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDE, "intermediate_size": 48, "num_hidden_layers": BLOCKS, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2, "head_dim": 8, "attn_logit_softcapping": 0.5}
+    part = T5GemmaModuleConfig(**sizes, **heads, initializer_range=0.3)
+    whole = T5GemmaConfig(encoder=part, decoder=copy.deepcopy(part), vocab_size=VOCAB, attn_implementation="eager")
+    model = T5GemmaForConditionalGeneration(whole).double().eval()
+    crossing = Crossing(blocks_of(model), "T5Gemma")
+    assert (crossing.width, crossing.result_width) == (16, WIDE)
+    batch = batch_of(model, padded=True)
+    with tapped(model) as tap, torch.no_grad():
+        out = model(**batch, output_attentions=True)
+    split = (out.encoder_last_hidden_state @ tap.weight.t()).view(2, FRAMES, 2, 8).transpose(1, 2)
+    theirs = [(P @ split.repeat_interleave(2, dim=1)).transpose(1, 2).flatten(2) for P in out.cross_attentions]
+    for (_, c), other in zip(tap.c, theirs, strict=True):
+        assert torch.allclose(c, other, rtol=1e-10, atol=1e-12)
+        pull = torch.randn_like(c)
+        (ours,), (plain,) = (torch.autograd.grad(x, tap.weight, pull, retain_graph=True) for x in (c, other))
+        assert torch.allclose(ours, plain, rtol=1e-9, atol=1e-11)
+
+
+def test_compiled_blocks() -> None:
+    """A compiled block is broken in two at its tap, and gives what it gave."""
+    model = build("t5", dtype=torch.float32).requires_grad_(False)
+    batch = batch_of(model, padded=True)
+    with tapped(model) as tap:
+        before = model(**batch).logits
+        blocks_of(model)[0].compile(backend="eager")
+        after = model(**batch).logits
+    assert torch.equal(before, after)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tap.c[:BLOCKS], tap.c[BLOCKS:], strict=True))
+    assert torch.equal(model(**batch).logits, before) and len(tap.c) == 2 * BLOCKS
 
 
 def test_gpt2_as_a_decoder() -> None:

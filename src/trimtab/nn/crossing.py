@@ -48,6 +48,20 @@ _VALUE = ("v", "v_proj", "value", "value_proj", "v_lin", "linear_v", "wv")
 _FUSED = ("c_attn", "kv", "kv_proj")
 
 
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable` at the first call: it imports the compiler, which is there once a model is."""
+    made: list[Callable[..., Any]] = []
+    disable: Any = torch.compiler.disable
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not made:
+            made.append(disable(function))
+        return made[0](*args, **kwargs)
+
+    return call
+
+
 class Crossing:
     """Taps the cross-attention of a decoder's blocks.
 
@@ -104,7 +118,8 @@ class Crossing:
             _implementation(module, place, next((p.device.type for p in module.parameters()), "cpu"))
         _register()
         for j, (module, place) in enumerate(zip(self._modules, self._places, strict=True)):
-            tap = _Tap(j, place, (self.width, self.result_width), values, sink)
+            names = _parameters(type(module))
+            tap = _Tap(j, place, names, (self.width, self.result_width), values, sink)
             self._handles.append(module.register_forward_pre_hook(tap.before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(tap.after, always_call=True))
 
@@ -144,14 +159,16 @@ def _restore(module: nn.Module) -> _Renamed | None:
 class _Tap:
     """The hooks on the cross-attention of block `j`, and what happens at its look-up."""
 
-    def __init__(self, j: int, place: str, widths: tuple[int, int], values: Values, sink: Sink) -> None:
-        self.j, self.place, self.widths = j, place, widths
+    def __init__(
+        self, j: int, place: str, names: Sequence[str], widths: tuple[int, int], values: Values, sink: Sink
+    ) -> None:
+        self.j, self.place, self.names, self.widths = j, place, names, widths
         self.values, self.sink = values, sink
 
-    @torch.compiler.disable
+    @_untraced
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _restore(module)  # should an interrupt have kept `after` from it
-        call = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
         states = next((call[name] for name in _STATES if call.get(name) is not None), None)
         if not isinstance(states, Tensor):
             raise ConfigError(
@@ -160,7 +177,7 @@ class _Tap:
             )
         module.__dict__["config"] = _Renamed(module.__dict__["config"], self, states)
 
-    @torch.compiler.disable
+    @_untraced
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         # An output of None is that of a forward that failed, with an error of its own.
         if _restore(module) is not None and output is not None:
@@ -209,7 +226,7 @@ class _Tap:
         return ours.to(value.dtype).view(B, Tk, heads, head_dim).transpose(1, 2)
 
 
-@torch.compiler.disable
+@_untraced
 def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """What is registered: the module's own implementation, and a tap."""
     seen = _restore(module)
@@ -256,7 +273,6 @@ def _is_cross(name: str, module: nn.Module) -> bool:
     return any(word in called.lower() for word in _CROSS for called in (name, type(module).__name__))
 
 
-@functools.cache
 def _forward(cls: type[nn.Module]) -> Any:
     """The function that looks up: the first forward of a class's ancestry that names the registry, or None.
 
@@ -275,7 +291,6 @@ def _looks_up(cls: type[nn.Module]) -> bool:
     return function is not None and any(name in _parameters(cls) for name in _STATES)
 
 
-@functools.cache
 def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
     """Names of the arguments of a module's forward."""
     return tuple(inspect.signature(_forward(cls)).parameters)[1:]

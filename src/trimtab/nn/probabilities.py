@@ -98,7 +98,7 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, *grads: Tensor) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
-        stand_in = grads[0].new_zeros(ctx.shape, dtype=ctx.dtype).requires_grad_()
+        stand_in = grads[0].new_zeros((), dtype=ctx.dtype).expand(ctx.shape).requires_grad_()
         with torch.enable_grad(), _InBlocks():
             again = ctx.run(stand_in, tensors)
         (dv,) = torch.autograd.grad(again, stand_in, grads[0].to(again.dtype))
@@ -145,16 +145,16 @@ class _GradientOnly(torch.autograd.Function):
         causal: bool,
         scale: float | None,
     ) -> Tensor:
-        ctx.causal, ctx.scale, ctx.dtype = causal, scale, value.dtype
+        ctx.causal, ctx.scale = causal, scale
         ctx.save_for_backward(query, key, mask)
-        return value.new_empty(*query.shape[:-1], value.shape[-1])
+        return value.new_zeros(()).expand(*query.shape[:-1], value.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, *grads: Tensor) -> tuple[Any, ...]:
         query, key, mask = ctx.saved_tensors
         dv = values_grad(grads[0], query, key, mask, causal=ctx.causal, scale=ctx.scale)
-        return dv.to(ctx.dtype), None, None, None, None, None
+        return dv, None, None, None, None, None
 
 
 def values_grad(
@@ -167,7 +167,7 @@ def values_grad(
     scale: float | None = None,
     block: int | None = None,
 ) -> Tensor:
-    """dv = P' dc, of shape (B, G, K, D), in fp32 or wider.
+    """dv = P' dc, of shape (B, G, K, D) and dc's dtype; sums are in fp32 or wider.
 
     Args:
         grad: dc (B, H, Q, D).
@@ -188,10 +188,11 @@ def values_grad(
     block = block or (CPU_BLOCK if query.device.type == "cpu" else BLOCK)
     some = max(1, block // max(1, H * Q * K))  # sequences at a time, and queries of them
     step = max(1, block // max(1, min(some, B) * H * K))
-    total = torch.zeros(B, G, K, grad.shape[-1], dtype=wide, device=query.device)
+    dv = grad.new_empty(B, G, K, grad.shape[-1])
     for first in range(0, B, some):
         of = slice(first, min(first + some, B))
         keys = key[of].to(held).flatten(0, 1).transpose(1, 2)  # (b G, E, K)
+        total: Tensor | None = None  # (b G, K, D)
         for start in range(0, Q, step):
             rows = slice(start, min(start + step, Q))
             scores = multiply(_by_group(query[of, :, rows].to(held), G), keys)  # (b G, n rows, K)
@@ -202,9 +203,11 @@ def values_grad(
             weights = scores.sub_(highest).exp_()
             sums = weights.sum(-1, keepdim=True).clamp_min_(torch.finfo(wide).tiny)
             dc = _by_group(grad[of, :, rows].to(wide), G) / sums
-            part = multiply(weights.to(held).transpose(1, 2), dc.to(held))  # (b G, K, D)
-            total[of] += part.view(-1, G, K, part.shape[-1])
-    return total
+            part = multiply(weights.to(held).transpose(1, 2), dc.to(held))
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        dv[of] = total.view(-1, G, K, total.shape[-1])
+    return dv
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
