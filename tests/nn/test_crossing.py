@@ -39,7 +39,7 @@ from transformers.models.trocr.modeling_trocr import TrOCRDecoderLayer
 
 from trimtab.bench.meters import saved_bytes
 from trimtab.errors import ConfigError
-from trimtab.nn.crossing import NAME, Crossing
+from trimtab.nn.crossing import NAME, Crossing, _cross_attention
 
 WIDE, HEADS, BLOCKS = 32, 4, 2
 FRAMES = 14
@@ -170,14 +170,20 @@ def tapped(model: Any) -> Iterator[Tapper]:
 
 
 def expected(model: Any, batch: dict[str, Tensor], weight: Tensor) -> list[Tensor]:
-    """c_j by plain operations, from the probabilities that the eager model returns."""
-    other = copy.deepcopy(model)
-    other.set_attn_implementation("eager")
+    """c_j by plain operations, from the probabilities that the eager model's cross-attentions return."""
+    own = model.get_decoder().config._attn_implementation
+    model.set_attn_implementation("eager")
+    seen: list[Tensor] = []
+    modules = [_cross_attention(block, "")[1] for block in blocks_of(model)]
+    handles = [module.register_forward_hook(lambda _, args, out: seen.append(out[-1])) for module in modules]
     with torch.no_grad():
-        out = other(**batch, output_attentions=True)
-    states = out.encoder_last_hidden_state
+        states = model(**batch).encoder_last_hidden_state
+    for handle in handles:
+        handle.remove()
+    model.set_attn_implementation(own)
+    assert all(torch.allclose(P.sum(-1), torch.ones((), dtype=P.dtype)) for P in seen)
     split = (states @ weight.t()).view(*states.shape[:2], HEADS, -1).transpose(1, 2)
-    return [(P @ split).transpose(1, 2).flatten(2) for P in out.cross_attentions]
+    return [(P @ split).transpose(1, 2).flatten(2) for P in seen]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -199,6 +205,24 @@ def test_c_is_the_probabilities_times_the_values(family: str, implementation: st
     (plain,) = torch.autograd.grad(theirs, tap.weight, pull)
     assert plain.abs().max() > 0.1
     assert torch.allclose(ours, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", MAIN)
+def test_with_the_models_own_values(family: str, implementation: str) -> None:
+    """Handed what its own projection makes of the states, c is what the module's output projection reads."""
+    model = build(family, implementation)
+    own: list[Tensor] = []
+    got: list[Tensor] = []
+    for block in blocks_of(model):
+        _, module = _cross_attention(block, "")
+        children = dict(module.named_children())
+        project = children.get("v", children.get("v_proj"))
+        children.get("o", children.get("out_proj")).register_forward_pre_hook(lambda _, args: own.append(args[0]))
+        Crossing([block], family).put_on(project, lambda _, c: got.append(c))
+    model(**batch_of(model, padded=True))
+    assert len(own) == len(got) == BLOCKS
+    assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-13) for a, b in zip(own, got, strict=True))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
