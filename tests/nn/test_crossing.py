@@ -371,6 +371,32 @@ def test_gradient_mode_and_errors() -> None:
     crossing.take_off()
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_errors_before_the_look_up(error: type[BaseException]) -> None:
+    """A module that fails has its config back, at once or, after an interrupt, with the next forward or at the end."""
+    model = build("t5")
+    batch = batch_of(model)
+    attention = blocks_of(model)[0].layer[1].EncDecAttention
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    with tapped(model) as tap:
+        for _ in range(2):
+            handle = attention.q.register_forward_pre_hook(fails)
+            with pytest.raises(error):
+                model(**batch)
+            handle.remove()
+            assert error is KeyboardInterrupt or attention.config is model.decoder.config
+            tap.c.clear()
+            model(**batch)
+            assert attention.config is model.decoder.config and len(tap.c) == BLOCKS
+        attention.q.register_forward_pre_hook(fails)
+        with pytest.raises(error):
+            model(**batch)
+    assert attention.config is model.decoder.config
+
+
 def test_dropout_belongs_to_the_model() -> None:
     """In training mode the model drops what it would have dropped, and the tap drops nothing and draws nothing."""
     torch.manual_seed(0)
@@ -569,8 +595,9 @@ def test_what_cannot_be_called_twice_is_refused() -> None:
             crossing.put_on(lambda _: None, lambda j, c: None)
     model.config._attn_implementation = "sdpa"
     crossing.put_on(lambda _: None, lambda j, c: None)
-    with pytest.raises(ConfigError, match="take_off"):
-        crossing.put_on(lambda _: None, lambda j, c: None)
+    for other in (crossing, Crossing(blocks_of(model), "bart")):
+        with pytest.raises(ConfigError, match="is tapped already"):
+            other.put_on(lambda _: None, lambda j, c: None)
     crossing.take_off()
     model.config._attn_implementation = NAME
     with pytest.raises(ConfigError, match="trimtab's own"):

@@ -112,9 +112,9 @@ class Crossing:
         Raises:
             ConfigError: taps are on already, or a model's implementation of attention cannot be tapped.
         """
-        if self._handles:
-            raise ConfigError(f"{self._places[0]} is tapped already; take_off() first")
         for module, place in zip(self._modules, self._places, strict=True):
+            if any(isinstance(getattr(hook, "__self__", None), _Tap) for hook in module._forward_pre_hooks.values()):
+                raise ConfigError(f"{place} is tapped already; take those taps off first")
             _implementation(module, place, next((p.device.type for p in module.parameters()), "cpu"))
         _register()
         for j, (module, place) in enumerate(zip(self._modules, self._places, strict=True)):
