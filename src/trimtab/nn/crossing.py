@@ -74,6 +74,7 @@ class Crossing:
         describe: what the model is called in messages.
 
     Attributes:
+        modules: the cross-attention of each block.
         width: of the values, heads * head_dim (of keys and values, where these are fewer): what V' must have.
         result_width: of c_j, heads * head_dim of the queries; equal to `width` without grouped queries.
 
@@ -85,14 +86,14 @@ class Crossing:
     result_width: int
 
     def __init__(self, blocks: Sequence[nn.Module], describe: str) -> None:
-        self._modules: list[nn.Module] = []
+        self.modules: list[nn.Module] = []
         self._places: list[str] = []
         self._handles: list[Any] = []
         widths: dict[tuple[int, int], str] = {}
         for j, block in enumerate(blocks):
             name, module = _cross_attention(block, f"{describe}: decoder block {j}")
             place = f"{describe}: {name} of decoder block {j}"
-            self._modules.append(module)
+            self.modules.append(module)
             self._places.append(place)
             widths.setdefault(_widths(module, place), place)
         if len(widths) != 1:
@@ -112,12 +113,12 @@ class Crossing:
         Raises:
             ConfigError: taps are on already, or a model's implementation of attention cannot be tapped.
         """
-        for module, place in zip(self._modules, self._places, strict=True):
+        for module, place in zip(self.modules, self._places, strict=True):
             if any(isinstance(getattr(hook, "__self__", None), _Tap) for hook in module._forward_pre_hooks.values()):
                 raise ConfigError(f"{place} is tapped already; take those taps off first")
             _implementation(module, place, next((p.device.type for p in module.parameters()), "cpu"))
         _register()
-        for j, (module, place) in enumerate(zip(self._modules, self._places, strict=True)):
+        for j, (module, place) in enumerate(zip(self.modules, self._places, strict=True)):
             names = _parameters(type(module))
             tap = _Tap(j, place, names, (self.width, self.result_width), values, sink)
             self._handles.append(module.register_forward_pre_hook(tap.before, with_kwargs=True))
@@ -128,7 +129,7 @@ class Crossing:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module in self._modules:
+        for module in self.modules:
             _restore(module)
 
 
