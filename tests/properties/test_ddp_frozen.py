@@ -15,6 +15,7 @@ import trimtab
 CONFIGS = {
     "bottleneck": trimtab.Bottleneck(size=4),
     "prompt": trimtab.PromptTuning(length=4),
+    "read": trimtab.READ(size=4, cell="lstm"),
     "prefix": trimtab.PrefixTuning(length=4, projection=True),
     "ladder": trimtab.Ladder(reduction=4),
 }

@@ -17,6 +17,9 @@ class Link(Encoded):
 
     Args:
         side: the decoder's network.
+
+    Attributes:
+        grad: whether the caller of the decoder wants gradients; in the blocks they are off, and in the tap on.
     """
 
     method = "READ"
@@ -24,6 +27,7 @@ class Link(Encoded):
 
     def __init__(self, side: SideNetwork) -> None:
         self.side = side
+        self.grad = False
         super().__init__()
 
     def clear(self) -> None:
@@ -43,9 +47,10 @@ class Link(Encoded):
         """
         h = self.of(states)
         weight: Any = self.side.joiner_weight
-        state = (id(h), weight._version, torch.is_grad_enabled())
+        state = (id(h), weight._version, self.grad)
         if self._values is None or self._values[0] != state:
-            self._values = (state, self.side.values(h))
+            with torch.set_grad_enabled(self.grad):
+                self._values = (state, self.side.values(h))
         return self._values[1]
 
     def take(self, block: int, joined: Tensor) -> None:
@@ -71,6 +76,7 @@ class Reader:
         self.link = link
 
     def begin(self) -> None:
+        self.link.grad = torch.is_grad_enabled()
         self.run.begin()
 
     def hear(self, number: int, phi: Tensor) -> Tensor | None:
