@@ -258,9 +258,25 @@ class Residence:
         return undo
 
     def settle(self) -> None:
-        """Leave a plain model in the compute dtype: every parameter rounded once, no module held."""
+        """Leave a plain model in the compute dtype, or what it was cast to since: all rounded once, no module held."""
         self._edited.update(self.changed())
+        self.compute = self._cast_since()
         self._leave(self.compute)
+
+    def _cast_since(self) -> dict[str, torch.dtype]:
+        """The compute dtypes, or what somebody cast the model to: what trains is in fp32 after `.float()`, too.
+
+        So where a parameter that trains does not say it, the frozen ones of its compute dtype do, if they agree.
+        """
+        now, trained = {name: p.dtype for name, p in self.parameters.items()}, set(self.trained)
+        frozen: dict[torch.dtype, set[torch.dtype]] = {}
+        for name in now.keys() - trained:
+            frozen.setdefault(self.compute[name], set()).add(now[name])
+        for name in trained:
+            own = self.compute[name]
+            if now[name] == self.held_dtype(own):
+                now[name] = next(iter(frozen[own])) if len(frozen.get(own, ())) == 1 else own
+        return now
 
     def restore(self) -> None:
         """Leave the model as it came, its dtypes included; exact if nothing was lost or narrowed."""
