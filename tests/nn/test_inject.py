@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from models_for_tests import MODELS, tiny_bert, tiny_gpt2, tiny_llama, tiny_mlp
-from torch import nn
+import torch
+from models_for_tests import MODELS, VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_mlp, tiny_t5, token_ids
+from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration
 
+import trimtab
 from trimtab.errors import TargetError
 from trimtab.nn.inject import find_targets, parameter_roles
 
@@ -70,3 +73,70 @@ def test_roles() -> None:
     assert bert["bert.embeddings.LayerNorm.weight"] == {"norm"}
     assert bert["classifier.bias"] == {"head"}
     assert parameter_roles(tiny_mlp())["norm.bias"] == {"norm"}
+
+
+def resized_t5() -> nn.Module:
+    model = tiny_t5()
+    model.resize_token_embeddings(VOCAB + 7)
+    return model
+
+
+def resized_bart() -> nn.Module:
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+    }
+    parts = {
+        f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("attention_heads", 4), ("ffn_dim", 48))
+    }
+    model = BartForConditionalGeneration(BartConfig(**sizes, **parts))
+    model.resize_token_embeddings(VOCAB + 7)
+    return model
+
+
+class Twice(nn.Module):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        self.again = self.first
+        self.own = nn.Linear(8, VOCAB)
+        self.lm_head = self.own
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.lm_head(self.again(self.first(self.embed(input_ids))))
+
+
+def test_a_module_under_several_names_has_its_roles() -> None:
+    """T5 and BART share the module of their embeddings once it was resized; a role is that of any of the names."""
+    for make, embedding in ((resized_t5, "shared.weight"), (resized_bart, "model.shared.weight")):
+        roles = parameter_roles(make())
+        assert "embedding" in roles[embedding]
+        assert not any("embed_tokens" in name for name in roles)
+    roles = parameter_roles(Twice())
+    assert roles["first.1.weight"] == {"norm"} and roles["own.weight"] == {"head"}
+    assert not any(name.startswith(("again.", "lm_head.")) for name in roles)
+    assert "own" not in find_targets(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)]), Twice()), "all-linear")
+
+
+@pytest.mark.parametrize("make", [resized_t5, resized_bart, Twice])
+def test_a_model_with_a_module_under_several_names_trains(make: type[nn.Module]) -> None:
+    """An adapter goes on, trains what shares a module once, and comes off again."""
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    targets = "all-linear" if make is not Twice else ("embed",)
+    adapter = trimtab.attach(
+        model, trimtab.LoRA(rank=4, targets=targets, train_also=("norms", "head")), keep_base="host"
+    )
+    ids, extra = token_ids(), {} if make is Twice else {"decoder_input_ids": token_ids()}
+    out = model(input_ids=ids, **extra)
+    (out if isinstance(out, Tensor) else out.logits).square().mean().backward()
+    trained = [entry.parameter for entry in adapter.trainable()]
+    assert len({id(p) for p in trained}) == len(trained) and all(p.grad is not None for p in trained)
+    adapter.detach()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -24,14 +24,12 @@ HEAD_NAMES = frozenset(
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The output heads by name: what `get_output_embeddings` returns, and modules with a head's name."""
+    """The output heads by all their names: what `get_output_embeddings` returns, and modules with a head's name."""
     getter = getattr(model, "get_output_embeddings", None)
     output = getter() if callable(getter) else None
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and (module is output or name.rpartition(".")[2] in HEAD_NAMES)
-    }
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    heads = {id(module) for name, module in named if module is output or name.rpartition(".")[2] in HEAD_NAMES}
+    return {name: module for name, module in named if id(module) in heads}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -158,7 +156,7 @@ def parameter_roles(model: nn.Module) -> dict[str, frozenset[str]]:
 
     Roles are "embedding", "norm", "head" and "base"; a tied embedding and head has both.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # T5 shares the module of its embeddings
     heads = head_modules(model)
     inside_head = tuple(f"{name}." for name in heads)
     roles: dict[int, set[str]] = {}
