@@ -209,7 +209,7 @@ class AdaLoRAAdapter(FrozenBaseAdapter):
         return ()
 
     def extra_loss(self) -> Tensor | None:
-        if not self.config.orthogonality:
+        if not self.config.orthogonality or self.record.active != self.attached_name:
             return None
         parts = self._parts.values()
         rows = [part["lora_A"] for part in parts] + [part["lora_B"].t() for part in parts]
