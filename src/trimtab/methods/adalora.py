@@ -22,6 +22,7 @@ from torch.nn.utils import get_total_norm
 
 from trimtab.errors import CheckpointError, ConfigError, TrimtabError
 from trimtab.methods.base import Adapter, AdapterState, StepReport
+from trimtab.methods.dropout import Dropout
 from trimtab.methods.folder import SavedAdapter, reading_config, saved_layers
 from trimtab.methods.frozen import FrozenBaseAdapter, Targeted
 from trimtab.nn.adalora import AVERAGES, AdaLoRAMixin, Importance, orthogonality
@@ -63,7 +64,7 @@ class AdaLoRA(Targeted):
     rank: Annotated[int, Field(ge=1)] = 8
     init_rank: Annotated[int, Field(ge=1)] = 12
     alpha: Annotated[float, Field(gt=0.0)] = 16.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Dropout = 0.0
     total_steps: Annotated[int, Field(ge=1)] | None = None
     initial_steps: Annotated[int, Field(ge=0)] | None = None
     final_steps: Annotated[int, Field(ge=0)] | None = None
