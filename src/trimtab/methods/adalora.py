@@ -35,9 +35,9 @@ INIT_STD = 0.02
 
 #: Fields of PEFT's config that are read here, or that change nothing in what is computed.
 PEFT_FIELDS = {
-    "beta1", "beta2", "deltaT", "exclude_modules", "fan_in_fan_out", "init_lora_weights", "init_r", "lora_alpha",
-    "lora_dropout", "megatron_core", "modules_to_save", "orth_reg_weight", "qalora_group_size", "r", "rank_pattern",
-    "target_modules", "target_r", "tfinal", "tinit", "total_step",
+    "beta1", "beta2", "deltaT", "exclude_modules", "fan_in_fan_out", "init_lora_weights", "init_r", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "orth_reg_weight",
+    "qalora_group_size", "r", "rank_pattern", "target_modules", "target_r", "tfinal", "tinit", "total_step",
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ PEFT_TYPES: dict[Pair, str] = {"peft": "VERA", "per_width": "TRIMTAB_VERA_PER_WI
 #: The fields of PEFT's config that are read or make no difference to a trained adapter.
 KNOWN_FIELDS = frozenset(
     {"r", "target_modules", "projection_prng_key", "save_projection", "vera_dropout", "d_initial"}
-    | {"fan_in_fan_out", "modules_to_save", "init_weights", "exclude_modules"}
+    | {"fan_in_fan_out", "modules_to_save", "init_weights", "exclude_modules", "layers_to_transform", "layers_pattern"}
 )
 
 #: PEFT's names of the pair in an adapter file.
