@@ -104,13 +104,14 @@ class FrozenBaseAdapter(WornAdapter):
         if self.no_merge:
             raise CannotMerge(f"method {self.config.name}: {self.no_merge}")
         owner, _, leaf = name.rpartition(".")
-        layer = self.layers.get(owner)
-        if layer is not None and leaf == "weight":
-            merged: Tensor = layer.merged(value)
-            return merged
-        if name in self._residence.trained:
-            return self._residence.parameters[name].detach().to(value.dtype)
-        return value
+        with self._working():
+            layer = self.layers.get(owner)
+            if layer is not None and leaf == "weight":
+                merged: Tensor = layer.merged(value)
+                return merged
+            if name in self._residence.trained:
+                return self._residence.parameters[name].detach().to(value.dtype)
+            return value
 
     def detach(self) -> None:
         self._require_open("detach()")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -195,8 +196,9 @@ class WornAdapter(Adapter):
 
     @property
     def layers(self) -> dict[str, Any]:
-        """The adapted layers by name, while they wear the adapter."""
-        return {name: module for name, module in self._targets.items() if isinstance(module, Adapted)}
+        """The adapted layers by name, while they wear this adapter; another one may be on them."""
+        targets = self._targets if self._inserted else {}
+        return {name: module for name, module in targets.items() if isinstance(module, Adapted)}
 
     @property
     def _wearers(self) -> dict[str, nn.Module]:
@@ -326,11 +328,22 @@ class WornAdapter(Adapter):
                 )
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, module in self._targets.items():
-            if isinstance(module, Adapted):
-                yield f"{name}.weight", module.effective_weight()
-            else:
-                yield from plain_weights({name: module})
+        for name, module in self._updated().items():
+            with self._working():  # for each anew: between two of them the model is as its user left it
+                layer = self.layers.get(name)
+                known = (
+                    plain_weights({name: module}) if layer is None else [(f"{name}.weight", layer.effective_weight())]
+                )
+                found = list(known)
+            yield from found
+
+    def _updated(self) -> dict[str, nn.Module]:
+        """The layers whose matrices the method updates, by name."""
+        return self._targets
+
+    def _working(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the adapter is at work, unless its life is over."""
+        return contextlib.nullcontext() if self._closed else self.record.at_work(self.attached_name)
 
 
 def several(names: list[str], what: str) -> str:

@@ -169,6 +169,10 @@ class NF4(Holder):
             )
         return self._master[block].to(weight.device, copy=True)
 
+    def quick_squares(self, weight: Tensor) -> Tensor:
+        pieces = _pieces(weight.shape[0], weight.shape[1] * 2, 1, weight.device)
+        return torch.cat([torch.linalg.vector_norm(self._decoded(weight, p), dim=1) for p in pieces]).square_()
+
     def write_rows(self, weight: Tensor, block: slice, value: Tensor) -> None:
         wide = value.float()
         if self._master is not None:
