@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from models_for_tests import MODELS, VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_mlp, tiny_t5, token_ids
 from torch import Tensor, nn
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    FalconConfig,
+    FalconForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import trimtab
 from trimtab.errors import TargetError
@@ -140,3 +149,74 @@ def test_a_model_with_a_module_under_several_names_trains(make: type[nn.Module])
     assert len({id(p) for p in trained}) == len(trained) and all(p.grad is not None for p in trained)
     adapter.detach()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def tiny_falcon() -> nn.Module:
+    """Its linear layers are of a subclass of nn.Linear, all but the output head."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return FalconForCausalLM(FalconConfig(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def tiny_mixtral() -> nn.Module:
+    """Its experts are two parameters of three dimensions in each block."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, max_position_embeddings=64))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("all-linear", "only linear layers are the output head"),
+        (r".*query_key_value", "matches no linear layer"),
+        (["query_key_value"], "matches transformer.h.0.self_attention.query_key_value"),
+        (["qkv"], "matches no linear layer"),
+    ],
+)
+def test_a_subclass_of_linear_that_is_passed_over_is_named(targets: str | list[str], message: str) -> None:
+    """The errors say that such layers are there, which class they are of, and why they are not taken."""
+    said = rf"(?s){message}.*query_key_value.* FalconLinear, a subclass of nn\.Linear.*forward"
+    with pytest.raises(TargetError, match=said):
+        find_targets(tiny_falcon(), targets)
+    if targets == "all-linear":
+        model = tiny_falcon()
+        model.lm_head = nn.Identity()  # type: ignore[assignment]
+        with pytest.raises(TargetError, match=r"no linear layers to adapt.* FalconLinear, a subclass of nn\.Linear"):
+            find_targets(model, targets)
+        with pytest.raises(TargetError, match=r"can be quantised.* FalconLinear, a subclass of nn\.Linear"):
+            trimtab.quantize(tiny_falcon())
+
+
+def test_a_layer_that_computes_otherwise_is_no_subclass_that_is_passed_over() -> None:
+    """A layer that wears an adapter or a cast is of a class of ours: no message calls it a subclass."""
+    model = tiny_mlp()
+    trimtab.attach(model, trimtab.Full(), dtype=torch.bfloat16)
+    with pytest.raises(TargetError) as caught:
+        find_targets(model, ["frist"])
+    assert "subclass" not in str(caught.value)
+
+
+def test_all_linear_says_when_it_leaves_most_of_a_model() -> None:
+    """A mixture of experts holds its experts outside of linear layers: attach says the share and the largest left."""
+    said = (
+        r"all-linear.*hold 14 % of .*MixtralForCausalLM.*mlp\.experts\.gate_up_proj \(4, 96, 32\).*experts\.down_proj"
+    )
+    with pytest.warns(UserWarning, match=said):
+        trimtab.attach(tiny_mixtral(), trimtab.LoRA(rank=4))
+    with pytest.warns(UserWarning, match=r"quantize.*hold 14 % of .*mlp\.experts\.gate_up_proj.*stays? as it is"):
+        trimtab.quantize(tiny_mixtral())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "mlp"])
+def test_nothing_is_said_of_a_model_of_linear_layers(family: str) -> None:
+    """Whatever is excluded or skipped by its name; layers that are named themselves say nothing either."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = MODELS[family]()
+        name = list(find_targets(model, "all-linear"))[-1]
+        if len(find_targets(model, "all-linear")) > 2:
+            trimtab.attach(model, trimtab.LoRA(rank=4, exclude=(name.rpartition(".")[2],))).detach()
+        trimtab.attach(model, trimtab.LoRA(rank=4)).detach()
+        trimtab.attach(tiny_mixtral(), trimtab.LoRA(rank=4, targets=("q_proj",)))
+        trimtab.quantize(model)
+        trimtab.attach(model, trimtab.LoRA(rank=4))

@@ -18,7 +18,7 @@ from trimtab.methods.base import Adapter, AdapterState, Method, Trainable, group
 from trimtab.methods.folder import base_sample
 from trimtab.methods.keep import Kept
 from trimtab.nn.adapted import Adapted, dress, plain_weights, undress
-from trimtab.nn.inject import ALL_LINEAR, find_targets, parameter_roles
+from trimtab.nn.inject import ALL_LINEAR, find_targets, parameter_roles, warn_of_rest
 from trimtab.nn.present import module_at, refuse_split
 from trimtab.nn.residence import Residence
 from trimtab.nn.weights import Dense, holder_of
@@ -96,6 +96,9 @@ class WornAdapter(Adapter):
         self._targets: dict[str, nn.Module] = {}
         if isinstance(config, Targeted):
             self._targets = find_targets(model, config.targets, config.exclude, embeddings=self.embeddings)
+            if config.targets == ALL_LINEAR:
+                every = find_targets(model, ALL_LINEAR) if config.exclude else self._targets
+                warn_of_rest(model, every, f"targets='{ALL_LINEAR}'", "no adapter is on them")
         self._taken: dict[str, dict[str, nn.Parameter]] = {}
         self._inserted = False
         self._base_sample = base_sample(model)
