@@ -18,7 +18,6 @@ beyond a module's forward: masks, `generate()`, `save_pretrained()` and copies s
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConfigError
 from trimtab.nn.probabilities import Implementation, attend
+from trimtab.nn.untraced import untraced
 from trimtab.nn.weights import is_conv1d
 
 #: V' (B, Tk, width) for the states (B, Tk, d) that a cross-attention was called with, or None for no tap in this call.
@@ -46,20 +46,6 @@ _STATES = ("key_value_states", "encoder_hidden_states", "cross_attention_states"
 #: Projections to the values, and those to keys and values in one.
 _VALUE = ("v", "v_proj", "value", "value_proj", "v_lin", "linear_v", "wv")
 _FUSED = ("c_attn", "kv", "kv_proj")
-
-
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.disable` at the first call: it imports the compiler, which is there once a model is."""
-    made: list[Callable[..., Any]] = []
-    disable: Any = torch.compiler.disable
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not made:
-            made.append(disable(function))
-        return made[0](*args, **kwargs)
-
-    return call
 
 
 class Crossing:
@@ -166,7 +152,7 @@ class _Tap:
         self.j, self.place, self.names, self.widths = j, place, names, widths
         self.values, self.sink = values, sink
 
-    @_untraced
+    @untraced
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _restore(module)  # should an interrupt have kept `after` from it
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -178,7 +164,7 @@ class _Tap:
             )
         module.__dict__["config"] = _Renamed(module.__dict__["config"], self, states)
 
-    @_untraced
+    @untraced
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         # An output of None is that of a forward that failed, with an error of its own.
         if _restore(module) is not None and output is not None:
@@ -227,7 +213,7 @@ class _Tap:
         return ours.to(value.dtype).view(B, Tk, heads, head_dim).transpose(1, 2)
 
 
-@_untraced
+@untraced
 def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """What is registered: the module's own implementation, and a tap."""
     seen = _restore(module)
