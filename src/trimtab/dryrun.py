@@ -10,7 +10,7 @@ from trimtab.config import PretrainConfig
 from trimtab.data.tokens import store_folder
 from trimtab.loadconfig import dump_config, unused_settings
 from trimtab.models.presets import PAPER_VOCABULARY, PRESETS
-from trimtab.preflight import complete_store, known_vocabulary, local_inputs, shadow
+from trimtab.preflight import check_method, complete_store, known_vocabulary, local_inputs, shadow
 from trimtab.report.terminal import draws_braille, schedule_picture, terminal_width
 from trimtab.train.memory import predict_phases
 from trimtab.train.run import DTYPES, phase_table
@@ -39,6 +39,7 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
         say(f"{config.model.name} is read from the local cache alone; nothing is downloaded in a dry run")
     model = shadow(config, vocab_size, offline=True)
     phases = predict_phases(model, config.method, config.optim, dtype=DTYPES[config.dtype], pure=config.pure)
+    check_method(config, model)
     say()
     console.print(phase_table(phases))
     if len(phases) > 1:

@@ -367,6 +367,16 @@ class Adapter(abc.ABC):
         with self.record.at_work(self.attached_name):
             write_adapter_folder(Path(path), self._saved())
 
+    def check_save(self) -> None:
+        """Find out whether `save` would work now, and write nothing.
+
+        Raises:
+            CannotSave: it would not.
+        """
+        self._require_open("check_save()")
+        with self.record.at_work(self.attached_name):
+            self._saved()
+
     def _saved(self) -> SavedAdapter:
         """What `save` writes."""
         raise CannotSave(f"method {self.config.name} has no adapter to save")

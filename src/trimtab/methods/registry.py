@@ -104,7 +104,18 @@ def load_adapter(
     Raises:
         CheckpointError: the folder is missing, damaged, of no known method, or of another base.
     """
-    saved = read_adapter_folder(Path(path))
+    return attach_saved(model, read_adapter_folder(Path(path)), path, name=name, keep_base=keep_base)
+
+
+def attach_saved(
+    model: nn.Module,
+    saved: SavedAdapter,
+    path: str | Path,
+    *,
+    name: str = "default",
+    keep_base: str | Path | None = None,
+) -> Adapter:
+    """As `load_adapter`, of a folder that was read already; `path` is for messages."""
     config = method_of(saved)
     if config is None:
         raise CheckpointError(
