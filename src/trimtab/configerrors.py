@@ -104,7 +104,8 @@ def _explain(detail: ErrorDetails, tree: Tree) -> tuple[Key, int, str, Key | Non
         if key == ("method",):
             return _explain_method(tree.get("method"), text)
         return key, 1, text, None
-    return key, 1, f"{shown(value)} {_requirement(kind, context, value)}", None
+    custom = detail["msg"].startswith("is ")  # a method's own words
+    return key, 1, f"{shown(value)} {detail['msg'] if custom else _requirement(kind, context, value)}", None
 
 
 def _explain_method(section: Any, text: str) -> tuple[Key, int, str, Key | None]:
@@ -204,6 +205,7 @@ _TEXTS = {
     "bool_parsing": "is neither true nor false",
     "bool_type": "is neither true nor false",
     "path_type": "is not a path",
+    "dict_type": "is not a table; write {name: value}",
     "model_type": "is not a section; it needs keys below it",
 }
 

@@ -39,6 +39,8 @@ PEFT_FIELDS = {
     "target_modules", "target_r", "tfinal", "tinit", "total_step",
 }  # fmt: skip
 
+_BELOW = "is below rank = {rank}; give init_rank, too, at least {rank} (the paper takes 1.5 times as many)"
+
 
 class AdaLoRA(Targeted):
     """Low-rank adapters whose ranks are found in training.
@@ -77,7 +79,7 @@ class AdaLoRA(Targeted):
     def _not_below_rank(cls, init_rank: int, info: ValidationInfo) -> int:
         rank = info.data.get("rank", 1)
         if init_rank < rank:
-            raise PydanticCustomError("below_rank", "is below rank = {rank}", {"rank": rank})
+            raise PydanticCustomError("below_rank", _BELOW, {"rank": rank})
         return init_rank
 
     @property

@@ -119,6 +119,11 @@ class Method(Settings, abc.ABC, metaclass=OneLine):
         return ""
 
     @property
+    def no_checkpointing(self) -> str:
+        """Why this method does not go with activation checkpointing; empty where it does."""
+        return ""
+
+    @property
     def switch_step(self) -> int:
         """Steps of full-rank training before the adapter comes into being; 0 for none."""
         return 0
