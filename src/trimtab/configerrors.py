@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from trimtab.config import Misfit, PretrainConfig
 from trimtab.methods import Method, registry
+from trimtab.settings import annotation_parts
 
 Key = tuple[str | int, ...]
 Tree = dict[str, Any]
@@ -58,13 +59,6 @@ def field_section(annotation: Any, value: Any) -> type[BaseModel] | None:
     if kind is Method:
         return registry().get(str(value.get("name"))) if isinstance(value, dict) else None
     return kind
-
-
-def annotation_parts(annotation: Any) -> Iterator[Any]:
-    """An annotation and everything in its brackets."""
-    yield annotation
-    for arg in get_args(annotation):
-        yield from annotation_parts(arg)
 
 
 def describe(error: ValidationError, tree: Tree, origins: Origins) -> str:

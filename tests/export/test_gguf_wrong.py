@@ -94,7 +94,7 @@ def test_old_names_of_layer_norms_are_explained(tmp_path: Path) -> None:
 
 
 def test_another_base_of_the_same_shape_is_refused(tmp_path: Path) -> None:
-    """Where the base's weights are there, they are compared with the adapter's sample; a config alone is enough, too."""
+    """The base's weights are compared with the adapter's sample, where they are there; a config alone will do."""
     for seed, name in enumerate(("base", "other")):
         save(tiny_llama(seed), tmp_path / name)
     save(tiny_llama(1), tmp_path / "sharded", max_shard_size="20KB")

@@ -205,6 +205,7 @@ class AdaLoRAAdapter(FrozenBaseAdapter):
 
     def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
         """None; but by this call the adapter learns the length of the run, which the budget's fall goes by."""
+        super().restarts(total_steps, rewarm_steps)
         if self.pattern is None and (misfit := self.config.check_length(total_steps)) is not None:
             raise ConfigError(f"{misfit[0]} = {misfit[1]}")
         self._total = total_steps
