@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from trimtab.config import PretrainConfig
@@ -30,6 +31,8 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
     say(dump_config(config))
     for caution in config.cautions():
         say(f"warning: {caution}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        say("warning: device = cuda, and torch sees no GPU here: on this machine the run would be refused")
     for note in unused_settings(config):
         say(f"note: {note}")
     vocab_size, notes = data_notes(config)

@@ -81,7 +81,9 @@ def known_vocabulary(config: PretrainConfig) -> int | None:
         return tokenizer.bpe_vocab_size
     if Path(tokenizer.path).expanduser().exists():
         return load_tokenizer(tokenizer.path).vocab_size
-    if tokenizer.path.startswith(("/", ".", "~")) or tokenizer.path.count("/") > 1:
+    # "tokenizers/mine" might be a hub's name, but not where there is a folder tokenizers.
+    above = "/" in tokenizer.path and Path(tokenizer.path).parent.is_dir()
+    if above or tokenizer.path.startswith(("/", ".", "~")) or tokenizer.path.count("/") > 1:
         raise ConfigError(f"data.tokenizer.path: there is no folder {tokenizer.path}")
     return None
 
