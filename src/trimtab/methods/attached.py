@@ -85,18 +85,11 @@ def place(
             f"{wrapped} is a layer of peft: load the plain model and the adapter with trimtab.load_adapter, or give "
             "the peft model restarts with trimtab.interop.peft.Restarts"
         )
-<<<<<<< HEAD
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"name={name!r}: an adapter's name is a text that is not empty")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype={dtype!r}: nothing can compute in it; give torch.bfloat16, float16 or float32")
+    check_settings(name=name, dtype=dtype, pure=pure)
     try:
         refuse_split(model)
     except ConfigError as error:
         raise ConfigError(f"attach: {error}") from None
-=======
-    check_settings(name=name, dtype=dtype, pure=pure)
->>>>>>> mendc
     record = record_of(model)
     if record is None:
         record = Attached(Residence(model, dtype, pure, None if keep_base is None else Kept(keep_base)))

@@ -23,15 +23,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError
+from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError, ConfigError
 from trimtab.methods.attached import Attached, place, record_of
 from trimtab.methods.folder import SavedAdapter, write_adapter_folder
 from trimtab.methods.oneline import OneLine
-<<<<<<< HEAD
-from trimtab.methods.watch import Watch
-=======
 from trimtab.methods.parts import AdapterState, StepReport, Trainable
->>>>>>> mendc
+from trimtab.methods.watch import Watch
 from trimtab.nn.residence import Residence
 from trimtab.settings import Settings, check_whole
 
@@ -192,20 +189,16 @@ class Adapter(abc.ABC):
         `names` (the parameters' names, in the order of `params`); optimizers carry the last two along.
 
         Raises:
-<<<<<<< HEAD
-            ConfigError: the model is not as the adapter left it, see `after_step`.
-        """
-        self._check_model("parameter_groups()")
-=======
-            ConfigError: a rate or a decay is no number, or below 0.
+            ConfigError: a rate or a decay is no number, or below 0; or the model is not as the adapter left it, see
+                `after_step`.
             ValueError: the adapter was merged or detached.
         """
         self._require_open("parameter_groups()")
+        self._check_model("parameter_groups()")
         for key, value in (("lr", lr), ("weight_decay", weight_decay)):
             number = isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
             if not number or not float(value) >= 0:
                 raise ConfigError(f"parameter_groups: {key} = {value!r}: give a number, at least 0")
->>>>>>> mendc
         groups: list[dict[str, Any]] = [
             {"params": [], "names": [], "group": group, "lr": lr, "weight_decay": weight_decay} for group in GROUPS
         ]
@@ -358,12 +351,9 @@ class Adapter(abc.ABC):
             CannotSave: the adapter alone would not describe what was trained.
         """
         self._require_open("save()")
-<<<<<<< HEAD
-        self._check_model("save()")
-=======
         if not isinstance(path, str | Path):
             raise ConfigError(f"path={path!r}: give the folder to write")
->>>>>>> mendc
+        self._check_model("save()")
         with self.record.at_work(self.attached_name):
             write_adapter_folder(Path(path), self._saved())
 

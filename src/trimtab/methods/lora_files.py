@@ -14,13 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from trimtab.errors import CannotSave, CheckpointError
-from trimtab.methods.folder import SavedAdapter, endings_pattern, refuse_unknown, saved_targets
-=======
 from trimtab.errors import CheckpointError
-from trimtab.methods.folder import SavedAdapter, refuse_unknown
->>>>>>> mendc
+from trimtab.methods.folder import SavedAdapter, endings_pattern, refuse_unknown, saved_targets
 from trimtab.methods.lora_checks import pattern_of
 from trimtab.nn.initial import stacked
 from trimtab.nn.inject import ALL_LINEAR, name_ends
