@@ -257,6 +257,8 @@ def _config_of(run: Path) -> Path:
     path = run / "config.yaml"
     if not path.is_file():
         what = "holds no config.yaml, so it is no run folder" if run.is_dir() else "there is no such folder"
+        if run.is_file():
+            what = f"is a file; give the run's folder, {run.parent}"
         raise CheckpointError(f"--resume {run}: {what}")
     return path
 

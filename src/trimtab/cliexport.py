@@ -122,6 +122,14 @@ class Dtype(str, Enum):  # noqa: UP042  (typer shows the members of a str enum)
     BF16 = "bf16"
 
 
+def _whole(word: str | int) -> int:
+    """A whole number on the command line."""
+    try:
+        return int(word)
+    except ValueError:
+        raise typer.BadParameter(f"{word!r} is not a whole number") from None
+
+
 def _torch_dtype(dtype: Dtype | None) -> Any:
     import torch
 
@@ -160,7 +168,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", hidden=True)],
     delta_rank: Annotated[
         int | None,
-        typer.Option("--delta-rank", metavar="K", help="Write the whole update as a LoRA of this rank."),
+        typer.Option("--delta-rank", metavar="K", help="Write the whole update as a LoRA of this rank.", parser=_whole),
     ] = None,
     gguf: Annotated[bool, typer.Option("--gguf", help="Write a file for llama.cpp.")] = False,
     base: Annotated[

@@ -196,6 +196,8 @@ class PretrainConfig(Settings):
                 "method.warm_start_steps",
                 f"{method.switch_step} leaves nothing of train.steps = {train.steps} for the adapter",
             )
+        if self.model.gradient_checkpointing and (why := method.no_checkpointing):
+            raise Misfit("model.gradient_checkpointing", f"true: {why}; set it to false, or take another method")
         if (misfit := method.check_length(train.steps)) is not None:
             raise Misfit(f"method.{misfit[0]}", misfit[1])
         if (bare := method.restarts(train.steps)) and not self.restarts():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from trimtab.config import Misfit, PretrainConfig
 from trimtab.methods import Method, registry
+from trimtab.settings import annotation_parts
 
 Key = tuple[str | int, ...]
 Tree = dict[str, Any]
@@ -60,13 +61,6 @@ def field_section(annotation: Any, value: Any) -> type[BaseModel] | None:
     return kind
 
 
-def annotation_parts(annotation: Any) -> Iterator[Any]:
-    """An annotation and everything in its brackets."""
-    yield annotation
-    for arg in get_args(annotation):
-        yield from annotation_parts(arg)
-
-
 def describe(error: ValidationError, tree: Tree, origins: Origins) -> str:
     """One line: the first mistake in full, the keys of the others by name."""
     found: dict[Key, tuple[int, str]] = {}
@@ -104,7 +98,8 @@ def _explain(detail: ErrorDetails, tree: Tree) -> tuple[Key, int, str, Key | Non
         if key == ("method",):
             return _explain_method(tree.get("method"), text)
         return key, 1, text, None
-    return key, 1, f"{shown(value)} {_requirement(kind, context, value)}", None
+    custom = detail["msg"].startswith("is ")  # a method's own words
+    return key, 1, f"{shown(value)} {detail['msg'] if custom else _requirement(kind, context, value)}", None
 
 
 def _explain_method(section: Any, text: str) -> tuple[Key, int, str, Key | None]:
@@ -204,6 +199,7 @@ _TEXTS = {
     "bool_parsing": "is neither true nor false",
     "bool_type": "is neither true nor false",
     "path_type": "is not a path",
+    "dict_type": "is not a table; write {name: value}",
     "model_type": "is not a section; it needs keys below it",
 }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from trimtab.config import PretrainConfig
 from trimtab.data.tokens import store_folder
 from trimtab.loadconfig import dump_config, unused_settings
 from trimtab.models.presets import PAPER_VOCABULARY, PRESETS
-from trimtab.preflight import complete_store, known_vocabulary, local_inputs, shadow
+from trimtab.preflight import check_method, complete_store, known_vocabulary, local_inputs, shadow
 from trimtab.report.terminal import draws_braille, schedule_picture, terminal_width
 from trimtab.train.memory import predict_phases
 from trimtab.train.run import DTYPES, phase_table
@@ -30,6 +31,8 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
     say(dump_config(config))
     for caution in config.cautions():
         say(f"warning: {caution}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        say("warning: device = cuda, and torch sees no GPU here: on this machine the run would be refused")
     for note in unused_settings(config):
         say(f"note: {note}")
     vocab_size, notes = data_notes(config)
@@ -39,6 +42,7 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
         say(f"{config.model.name} is read from the local cache alone; nothing is downloaded in a dry run")
     model = shadow(config, vocab_size, offline=True)
     phases = predict_phases(model, config.method, config.optim, dtype=DTYPES[config.dtype], pure=config.pure)
+    check_method(config, model)
     say()
     console.print(phase_table(phases))
     if len(phases) > 1:

@@ -21,7 +21,6 @@ from trimtab.configerrors import (
     Key,
     Origins,
     Tree,
-    annotation_parts,
     describe,
     dotted,
     field_section,
@@ -30,6 +29,7 @@ from trimtab.configerrors import (
     shown,
 )
 from trimtab.errors import ConfigError
+from trimtab.settings import annotation_parts
 
 _FLOAT = re.compile(
     r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|nan))$"

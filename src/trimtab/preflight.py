@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from trimtab.config import DataConfig, PretrainConfig
 from trimtab.data.sources import Input, resolve
 from trimtab.data.store import MANIFEST, TokenStore
 from trimtab.data.tokenizer import load_tokenizer
 from trimtab.data.tokens import store_folder
-from trimtab.errors import ConfigError
+from trimtab.errors import CannotSave, ConfigError
 from trimtab.methods import attach
 from trimtab.models.load import shadow_model
 from trimtab.models.presets import PAPER_VOCABULARY, PRESETS
@@ -34,8 +35,22 @@ def preflight(config: PretrainConfig) -> None:
     if store is None:
         local_inputs(config.data)
     model = shadow(config, None if store is None else store.tokenizer.vocab_size)
+    check_method(config, model)
+
+
+def check_method(config: PretrainConfig, model: nn.Module) -> None:
+    """Attach the run's method to a shadow of its model, which is of no other use afterwards.
+
+    Raises:
+        TrimtabError: it does not go with the model, or what it learns could not be saved.
+    """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-    attach(model, config.method.for_pretraining(config.seed), dtype=dtype, pure=config.pure)
+    adapter = attach(model, config.method.for_pretraining(config.seed), dtype=dtype, pure=config.pure)
+    if adapter.no_merge:  # then what was learned is saved beside the model
+        try:
+            adapter.check_save()
+        except CannotSave as error:
+            raise ConfigError(f"method.train_also: {error}") from None
 
 
 def complete_store(config: PretrainConfig) -> TokenStore | None:
@@ -66,7 +81,9 @@ def known_vocabulary(config: PretrainConfig) -> int | None:
         return tokenizer.bpe_vocab_size
     if Path(tokenizer.path).expanduser().exists():
         return load_tokenizer(tokenizer.path).vocab_size
-    if tokenizer.path.startswith(("/", ".", "~")) or tokenizer.path.count("/") > 1:
+    # "tokenizers/mine" might be a hub's name, but not where there is a folder tokenizers.
+    above = "/" in tokenizer.path and Path(tokenizer.path).parent.is_dir()
+    if above or tokenizer.path.startswith(("/", ".", "~")) or tokenizer.path.count("/") > 1:
         raise ConfigError(f"data.tokenizer.path: there is no folder {tokenizer.path}")
     return None
 

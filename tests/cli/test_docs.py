@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,29 @@ def test_the_manuals_name_all_methods_statuses_and_folders() -> None:
         assert re.search(r"\n  1    a fault of the program", page)
     assert "runs/NAME/adapter/" in cli._PRETRAIN
     assert "| `adapter/` |" in (ROOT / "docs" / "cli.md").read_text()
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_blocks_with_imports_import_all_that_they_name(page: Path) -> None:
+    """A Python block that imports anything is meant to be run as it stands."""
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        try:
+            tree = ast.parse(block)
+        except SyntaxError:  # a sketch with parts left out
+            continue
+        imported = {
+            (alias.asname or alias.name).partition(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        missing = names & {"trimtab", "torch", "Path"} - imported
+        assert not imported or not missing, block
+
+
+def test_patterns_in_the_docs_are_yaml() -> None:
+    """The example of rank_pattern reads as written."""
+    text = (ROOT / "docs" / "methods" / "lora.md").read_text()
+    (pattern,) = re.findall(r"`(rank_pattern: .*?)`", text)
+    assert yaml.safe_load(pattern) == {"rank_pattern": {r"layers\.0\..*": 16, "q_proj": 4}}

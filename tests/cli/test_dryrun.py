@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from runs import CONFIG, environment, files_in, run, write_project
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from trimtab.dryrun import restart_line
 
@@ -92,3 +94,37 @@ def test_a_long_list_of_restarts_is_cut() -> None:
     assert restart_line((1000, 2000)) == "restarts: 2, after the steps 1,000 2,000"
     line = restart_line(tuple(range(10, 1010, 10)))
     assert line == "restarts: 100, after the steps 10 20 30 40 50 60 70 80 90 100 ... 1,000"
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_an_adapter_that_could_not_be_saved_is_refused_first(
+    dry: list[str], project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt beside a tied head in training would have no file at the end; without the head it has one."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300, n_positions=64))
+    model.save_pretrained(project / "base")
+    words = ["model.name=base", "data.tokenizer.bpe_vocab_size=257", "method={name: prompt, length: 3}", *dry]
+    ended = run(capsys, "pretrain", "run.yaml", *words)
+    assert ended.status == 2 and "method.train_also: transformer.wte.weight = lm_head.weight is one" in ended.err
+    assert "leave it out of train_also" in ended.err and not (project / "runs").exists()
+    words[2] = "method={name: prompt, length: 3, train_also: [norms]}"
+    assert run(capsys, "pretrain", "run.yaml", *words[:3], "--dry-run").status == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_told(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan may be made for another machine, so it is a warning; the run itself is refused before it tokenizes."""
+    ended = run(capsys, "pretrain", "run.yaml", "device=cuda", "--dry-run")
+    assert ended.status == 0 and "warning: device = cuda, and torch sees no GPU here" in ended.out
+    assert "warning" not in run(capsys, "pretrain", "run.yaml", "--dry-run").out
+    ended = run(capsys, "pretrain", "run.yaml", "device=cuda")
+    assert ended.status == 2 and "device = cuda" in ended.err and not (project / "runs").exists()
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where its folder's folder is there, the name can be no hub's."""
+    (project / "tokenizers").mkdir()
+    for path in ("tokenizers/mine", "./mine", "a/b/c"):
+        words = ["data.tokenizer.bpe_vocab_size=null", f"data.tokenizer.path={path}"]
+        ended = run(capsys, "pretrain", "run.yaml", *words, "--dry-run")
+        assert ended.status == 2 and f"data.tokenizer.path: there is no folder {path}" in ended.err

@@ -173,3 +173,28 @@ def test_help_is_a_manual_page(command: str, capsys: pytest.CaptureFixture[str])
         assert words in page.out
     usage = {"merge": "BASE ADAPTER OUT [OPTIONS]", "export": "SOURCE OUT (--delta-rank K | --gguf) [OPTIONS]"}
     assert page.out.startswith(f"Usage: trimtab {command} {usage[command]}\n")
+
+
+def test_words_that_cannot_be_meant(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No number for a rank, an adapter's folder for a run's and the other way round, a file for a run's folder."""
+    trimtab.attach(tiny_llama(), trimtab.LoRA(rank=2)).save(tmp_path / "lora")
+    trimtab.attach(tiny_llama(), trimtab.Bottleneck(size=2)).save(tmp_path / "run" / "adapter")
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    out = str(tmp_path / "out")
+    for words, message in [
+        (["export", "runs/small", out, "--delta-rank", "abc"], "'--delta-rank': 'abc' is not a whole number"),
+        (
+            ["export", str(tmp_path / "lora"), out, "--delta-rank", "4"],
+            "is an adapter folder, which is",
+        ),
+        (["merge", str(tmp_path / "bare"), str(tmp_path / "run"), out], f"its adapter is {tmp_path}/run/adapter"),
+        (["pretrain", "--resume", "runs/small/config.yaml"], "is a file; give the run's folder, runs/small"),
+        (
+            ["export", str(tmp_path / "bare"), out, "--gguf"],
+            "holds no tokenizer that can be read; llama.cpp",
+        ),
+    ]:
+        capsys.readouterr()
+        ended = run(capsys, *words)
+        assert ended.status == 2 and message in ended.err and ended.err.count("\n") == 1, ended.err
+        assert not Path(out).exists()

@@ -67,6 +67,11 @@ MISTAKES = {
         "method={rank: 3}",
         "method.name: is missing; the methods are adalora, bitfit, bottleneck, full, ",
     ),
+    "number for a table": ("method.rank_pattern=4", "method.rank_pattern: 4 is not a table; write {name: value}"),
+    "start below the rank": (
+        "method={name: adalora, rank: 20}",
+        "method.init_rank: 12 is below rank = 20; give init_rank, too, at least 20",
+    ),
     "rank of zero": ("method.rank=0", "method.rank: 0 is too small; it must be at least 1"),
     "word for a number": ("optim.lr=fast", "optim.lr: 'fast' is not a number"),
     "not a number": ("train.clip=.nan", "train.clip: nan is not a finite number"),
@@ -108,6 +113,14 @@ def test_a_mistake_on_the_command_line_is_one_line(path: Path, word: str, messag
     assert message in text
     assert "\n" not in text
     assert text.startswith("command line: ") or "run.yaml:" in text
+
+
+def test_checkpointing_that_does_not_go_with_the_method(path: Path) -> None:
+    """It is refused with the configuration, by the name of its setting; other methods have it."""
+    on = "model.gradient_checkpointing=true"
+    with pytest.raises(ConfigError, match=r"model.gradient_checkpointing: true: prefix tuning does not go with"):
+        load_config(path, [on, "method={name: prefix}"])
+    assert load_config(path, [on, "method={name: prompt}"]).model.gradient_checkpointing
 
 
 FILES = {

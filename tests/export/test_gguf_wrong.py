@@ -91,3 +91,18 @@ def test_old_names_of_layer_norms_are_explained(tmp_path: Path) -> None:
 
     with pytest.raises(trimtab.CheckpointError, match=r"LayerNorm\.(beta|gamma) is an old name.*save_pretrained first"):
         merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+
+
+def test_another_base_of_the_same_shape_is_refused(tmp_path: Path) -> None:
+    """The base's weights are compared with the adapter's sample, where they are there; a config alone will do."""
+    for seed, name in enumerate(("base", "other")):
+        save(tiny_llama(seed), tmp_path / name)
+    save(tiny_llama(1), tmp_path / "sharded", max_shard_size="20KB")
+    trimtab.attach(tiny_llama(), trimtab.LoRA(rank=2)).save(tmp_path / "a")
+    for other in ("other", "sharded"):
+        with pytest.raises(trimtab.CheckpointError, match=r"a: the adapter is of another base: sampled weights agree"):
+            export_lora(tmp_path / "a", tmp_path / "x.gguf", str(tmp_path / other))
+    assert not (tmp_path / "x.gguf").exists()
+    assert export_lora(tmp_path / "a", tmp_path / "x.gguf", str(tmp_path / "base")) == 14
+    (tmp_path / "other" / "model.safetensors").unlink()
+    assert export_lora(tmp_path / "a", tmp_path / "y.gguf", str(tmp_path / "other")) == 14

@@ -194,3 +194,34 @@ def test_a_checkpoint_of_other_settings(tmp_path: Path) -> None:
     state["trimtab_state.meta"] = torch.zeros(3, dtype=torch.uint8)
     with pytest.raises(trimtab.CheckpointError, match="damaged or of another version"):
         trainer.model.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rewarm_step": 3}, r"rewarm_step is no setting of it; did you mean rewarm_steps\?"),
+        ({"zebra": 3}, "zebra is no setting of it; there are rewarm_steps, schedule"),
+        ({"rewarm_steps": "3"}, "rewarm_steps = '3': give a whole number"),
+        ({"rewarm_steps": -1}, "rewarm_steps = -1: give a whole number"),
+        ({"schedule": "cosine"}, r"schedule='cosine': give a trimtab\.Schedule"),
+        ({"merge_at_end": "no"}, "merge_at_end='no': give True, False or None"),
+        ({"resume_from_checkpoint": True}, "resume_from_checkpoint=True: give the folder"),
+        ({"dtype": "bf16"}, "dtype='bf16': nothing can compute in it"),
+        ({"pure": 1}, "pure=1: give True or False"),
+    ],
+)
+def test_settings_of_the_callback_are_checked_when_it_is_made(settings: dict[str, Any], message: str) -> None:
+    """Not in the middle of a run's construction; a method's name and settings, too."""
+    with pytest.raises(trimtab.ConfigError, match=message):
+        TrimtabCallback(relora(), **settings)
+    with pytest.raises(trimtab.ConfigError, match="no method is called 'zebra'"):
+        TrimtabCallback({"name": "zebra"})
+
+
+def test_a_rewarm_without_restarts_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A method without restarts has no use for rewarm_steps, and says so once; one with restarts is silent."""
+    for method, told in ((trimtab.LoRA(rank=2), 1), (relora(), 0)):
+        caplog.clear()
+        build(arguments(tmp_path), TrimtabCallback(method, rewarm_steps=2)).train()
+        notes = [record.getMessage() for record in caplog.records if "rewarm_steps" in record.getMessage()]
+        assert notes == ["rewarm_steps = 2 has no effect: the method has no restarts"] * told

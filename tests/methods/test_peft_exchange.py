@@ -215,7 +215,7 @@ def test_an_embedding_of_a_tied_model_is_parted_by_name_only(tmp_path: Path) -> 
     theirs = moved(peft.get_peft_model(tiny_gpt2(), config))
     theirs.save_pretrained(str(tmp_path / "a"))  # type: ignore[operator]
     model, ids = tiny_gpt2(), token_ids()
-    with pytest.raises(trimtab.TargetError, match=r"trimtab\.untie"):
+    with pytest.raises(trimtab.CheckpointError, match=r"a: the adapter changes one .*trimtab\.untie\(model\) first"):
         trimtab.load_adapter(model, tmp_path / "a")
     trimtab.untie(model)
     trimtab.load_adapter(model, tmp_path / "a")
@@ -305,7 +305,7 @@ def test_a_changed_config_is_refused(folder: Path, message: str, tmp_path: Path)
         ("truncate", "damaged"),
         ("header", "damaged"),
         ("drop", r"lacks model.layers.1.self_attn.q_proj.lora_B"),
-        ("add", r"has, but the model lacks, model.layers.7.*lora_A"),
+        ("add", r"of another base: .* has no layer model.layers.7.*q_proj"),
         ("shape", r"lora_B is \(31, 2\) in the file and \(32, 2\) in the model"),
         ("nan", r"damaged: model.layers.1.self_attn.q_proj.lora_B.weight is not finite"),
         ("inf", r"damaged: model.layers.1.self_attn.q_proj.lora_B.weight is not finite"),

@@ -221,10 +221,12 @@ def model_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     return found
 
 
-def mapped_model(checkpoint: Checkpoint) -> nn.Module:
+def mapped_model(checkpoint: Checkpoint, *, tied: bool = False) -> nn.Module:
     """The model of a checkpoint with its weights mapped from the files: they take no memory until they are read.
 
-    A weight that the config ties is a parameter of its own under each of its names.
+    Args:
+        checkpoint: of which model.
+        tied: whether a weight that the config ties is one parameter, or one of its own under each of its names.
 
     Raises:
         CheckpointError: transformers does not know the model, or a weight is missing or has another shape.
@@ -247,11 +249,14 @@ def mapped_model(checkpoint: Checkpoint) -> nn.Module:
     missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in values]
     if missing:
         raise CheckpointError(f"{checkpoint.name} lacks {len(missing)} tensors of its model, {missing[0]} first")
+    first = {name: group[0] for group in ties(model) for name in group} if tied else {}
+    made: dict[str, nn.Parameter] = {}
     for name, value in values.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=value.is_floating_point())
+            parameter = nn.Parameter(value, requires_grad=value.is_floating_point())
+            module._parameters[leaf] = made.setdefault(first.get(name, name), parameter)
         else:
             module._buffers[leaf] = value
     return model

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError, ConfigError
-from trimtab.export.checkpoint import meta_model, open_config, ties
+from trimtab.export.checkpoint import INDEX, SINGLE, mapped_model, meta_model, open_checkpoint, open_config, ties
 from trimtab.export.gguffile import FILE_TYPES, refuse_used_file, write_gguf
 from trimtab.export.ggufnames import Names
-from trimtab.methods.folder import SavedAdapter, read_adapter_folder
+from trimtab.methods.folder import SAMPLE, SavedAdapter, read_adapter_folder
 from trimtab.methods.registry import method_of
 
 _WAY_OUT = "merge it with trimtab merge, and export the merged model"
@@ -42,8 +42,8 @@ def export_lora(source: Path, out: Path, base: str | None = None, dtype: torch.d
     Args:
         source: an adapter folder.
         out: the new file.
-        base: the model that the adapter is of, a folder or a hub name; only its config is read. None takes the one
-            that the adapter names.
+        base: the model that the adapter is of, a folder or a hub name; its config is read, and of a folder with
+            weights a sample that tells whether it is the adapter's. None takes the one that the adapter names.
         dtype: of A and B: fp32, fp16 or bf16.
 
     Returns:
@@ -60,7 +60,9 @@ def export_lora(source: Path, out: Path, base: str | None = None, dtype: torch.d
     base = base or saved.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{source} does not name the model that it adapts; name it with --base")
-    model = meta_model(open_config(base), base)
+    place = open_config(base)
+    model = meta_model(place, base)
+    _check_base(folder, place, model, source)
     names = Names(model.config, base)
     pairs = _pairs(tensors, model, source)
     alpha = float(saved["lora_alpha"]) * (math.sqrt(saved["r"]) if saved.get("use_rslora") else 1.0)
@@ -85,6 +87,13 @@ def export_lora(source: Path, out: Path, base: str | None = None, dtype: torch.d
 
     write_gguf(out, names.family.arch, describe, kinds, values.__getitem__)
     return len(pairs)
+
+
+def _check_base(folder: SavedAdapter, place: Path, model: nn.Module, source: Path) -> None:
+    """Compare the sample that the adapter carries with the base's weights, where they lie beside its config."""
+    here = any((place / name).is_file() for name in (SINGLE, INDEX))
+    if here and SAMPLE in folder.extra and getattr(model.config, "quantization_config", None) is None:
+        folder.check_base(mapped_model(open_checkpoint(str(place))), str(source))
 
 
 def _check(folder: SavedAdapter, source: Path) -> None:

@@ -82,9 +82,10 @@ def _load(folder: Path) -> Any:
         with quiet_libraries():
             hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the libraries below raise many kinds; all of them mean that it did not load
-        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        line = (str(error).splitlines() or [type(error).__name__])[0].strip()[:200]
+        why = "" if line.endswith(":") else f" ({line})"  # a line that announces a list says nothing without it
         raise DataError(
-            f"{folder} holds no tokenizer that can be read ({line}); llama.cpp needs one, so save it beside the model"
+            f"{folder} holds no tokenizer that can be read{why}; llama.cpp needs one, so save it beside the model"
         ) from error
     if not getattr(hf, "is_fast", False):
         raise DataError(f"{folder}: the tokenizer has no fast form (tokenizer.json), which is needed")

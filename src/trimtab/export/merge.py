@@ -5,7 +5,8 @@ to a loaded one, and its check that this is the base it was trained on works; bu
 each tensor is read, given to `adapter.merged_tensor`, rounded once, and written to the file of the same name. The
 result is the one of `from_pretrained`, `load_adapter`, `merge`, `save_pretrained`, bit for bit.
 
-Tied weights: where an adapter changes one of them and not the other alike, one tensor in the file cannot hold both.
+Tied weights: an adapter that trained them as one (see `methods.tiedfiles`) is put on a model that ties them. Where an
+adapter changes one of them and not the other alike, one tensor in the file cannot hold both.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ from trimtab.export.checkpoint import (
     ties,
 )
 from trimtab.export.folder import refuse_used, whole_folder
-from trimtab.methods import Adapter, load_adapter
+from trimtab.methods import Adapter
+from trimtab.methods.folder import read_adapter_folder
 from trimtab.methods.foldercheck import finite
+from trimtab.methods.registry import attach_saved
+from trimtab.methods.tiedfiles import trained_alike
 from trimtab.train.tensorfile import stream_tensors
 
 _TIE = "tie_word_embeddings"
@@ -89,8 +93,9 @@ def merge_checkpoint(
     for what, given in (("the base", checkpoint.folder), ("the adapter", adapter)):
         if out.resolve().is_relative_to(given.resolve()):
             raise ConfigError(f"{out} lies in the folder of {what}, {given}; choose a place outside it")
-    model = mapped_model(checkpoint)
-    live = load_adapter(model, adapter)
+    saved = read_adapter_folder(adapter)
+    model = mapped_model(checkpoint, tied=trained_alike(saved))
+    live = attach_saved(model, saved, adapter)
     merge = _Merge(checkpoint, model, live, dtype)
     merge.untie(allowed=untie, adapter=adapter)
     total = sum(place.nbytes for place in checkpoint.tensors.values())

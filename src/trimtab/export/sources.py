@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trimtab.config import PretrainConfig
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.export.checkpoint import Checkpoint, mapped_model, meta_model, model_names, open_checkpoint, ties
-from trimtab.methods.folder import SAMPLE, base_sample, encode_sample
+from trimtab.methods.folder import CONFIG_FILE, SAMPLE, base_sample, encode_sample
 from trimtab.models.load import drawn_weight
 from trimtab.models.presets import PRESETS
 from trimtab.nn.weights import is_conv1d
@@ -141,6 +141,11 @@ def find_update(source: str, base: str | None) -> Update:
         CheckpointError: something is damaged, or the two are of different models.
     """
     run = Path(source).expanduser()
+    if (run / CONFIG_FILE).is_file() and not (run / "config.json").is_file():
+        raise ConfigError(
+            f"{source} is an adapter folder, which is low-rank already; --delta-rank is for a run or a model. Merge it "
+            "with trimtab merge, or write it for llama.cpp with --gguf"
+        )
     config = _run_config(run)
     if config is not None and not (run / "model").is_dir():
         raise ConfigError(

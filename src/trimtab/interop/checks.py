@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 from trimtab.errors import ConfigError
+from trimtab.methods.attached import check_settings
 from trimtab.methods.base import Adapter
+from trimtab.optim.schedule import Schedule
+from trimtab.settings import check_whole
 
 if TYPE_CHECKING:
     from trimtab.interop.peft import Restarts
 
 #: Optimizers that step inside the backward, so that nothing is left to do between two steps.
 _INSIDE_BACKWARD = ("lomo", "layerwise")
+
+
+#: What `TrimtabCallback` passes on to `trimtab.attach`.
+_ATTACH = ("dtype", "pure", "keep_base", "name")
+
+
+def check_callback(
+    *, rewarm_steps: Any, schedule: Any, merge_at_end: Any, resume_from_checkpoint: Any, attach_settings: dict[str, Any]
+) -> None:
+    """Refuse settings of a `TrimtabCallback` that are unknown or of the wrong kind, when it is made."""
+    for key in attach_settings:
+        if key not in _ATTACH:
+            known = ("rewarm_steps", "schedule", "merge_at_end", "resume_from_checkpoint", *_ATTACH)
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"TrimtabCallback: {key} is no setting of it; {hint}")
+    check_settings(**{key: value for key, value in attach_settings.items() if key != "keep_base"})
+    check_whole("rewarm_steps", rewarm_steps)
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise ConfigError(
+            f"schedule={schedule!r}: give a trimtab.Schedule(...), or leave it out and set lr_scheduler_type"
+        )
+    if merge_at_end is not None and not isinstance(merge_at_end, bool):
+        raise ConfigError(f"merge_at_end={merge_at_end!r}: give True, False or None")
+    if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, str | Path):
+        raise ConfigError(f"resume_from_checkpoint={resume_from_checkpoint!r}: give the folder")
 
 
 def check_arguments(args: Any, state: Any, adapter: Adapter | Restarts, restarts: tuple[int, ...]) -> None:

@@ -35,12 +35,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trimtab.errors import CheckpointError, ConfigError
-from trimtab.interop.checks import check_arguments, check_optimizer
+from trimtab.interop.checks import check_arguments, check_callback, check_optimizer
 from trimtab.interop.modelstate import ModelState
 from trimtab.interop.peft import Restarts
 from trimtab.interop.rates import check_resumed, lr_scheduler, schedule_from, schedule_of, take_over
 from trimtab.methods import attach
 from trimtab.methods.base import Adapter, Method
+from trimtab.methods.registry import method_from_user
 from trimtab.optim.schedule import Schedule
 
 __all__ = ["TrimtabCallback", "lr_scheduler"]
@@ -84,7 +85,8 @@ class TrimtabCallback(TrainerCallback):
         skipped: optimizer steps that were skipped.
 
     Raises:
-        ConfigError: at the beginning of the training, for whatever would go wrong later.
+        ConfigError: when it is made, for settings that are unknown or of the wrong kind; at the beginning of the
+            training, for whatever would go wrong later.
     """
 
     def __init__(
@@ -97,14 +99,21 @@ class TrimtabCallback(TrainerCallback):
         resume_from_checkpoint: str | Path | None = None,
         **attach_settings: Any,
     ) -> None:
+        check_callback(
+            rewarm_steps=rewarm_steps,
+            schedule=schedule,
+            merge_at_end=merge_at_end,
+            resume_from_checkpoint=resume_from_checkpoint,
+            attach_settings=attach_settings,
+        )
         if schedule is not None and rewarm_steps not in (0, schedule.rewarm_steps):
             raise ConfigError(f"rewarm_steps = {rewarm_steps}, and the schedule's is {schedule.rewarm_steps}")
         self.adapter: Adapter | Restarts | None = None
         self.events: list[dict[str, Any]] = []
         self.skipped = 0
-        self._config: Method | Mapping[str, Any] | None = None
+        self._config: Method | None = None
         if isinstance(method, Method | Mapping):
-            self._config = method
+            self._config = method_from_user(method)
         elif not isinstance(method, Adapter | Restarts):
             raise ConfigError(
                 f"TrimtabCallback takes a method's config, such as trimtab.LoRA(), an attached adapter, or Restarts of "
@@ -218,6 +227,8 @@ class TrimtabCallback(TrainerCallback):
         if misfit := self.adapter.config.check_length(total):
             raise ConfigError(f"{misfit[0]} = {misfit[1]}")
         restarts = self.adapter.restarts(total, self._rewarm_steps)
+        if self._rewarm_steps and self._schedule is None and not self.adapter.config.restarts(total):
+            _log.warning("rewarm_steps = %d has no effect: the method has no restarts", self._rewarm_steps)
         if not restarts and self.adapter.config.restarts(total):
             raise ConfigError(
                 f"rewarm_steps = {self._rewarm_steps} is longer than what follows the first restart (step "

@@ -40,6 +40,8 @@ PEFT_FIELDS = {
     "qalora_group_size", "r", "rank_pattern", "target_modules", "target_r", "tfinal", "tinit", "total_step",
 }  # fmt: skip
 
+_BELOW = "is below rank = {rank}; give init_rank, too, at least {rank} (the paper takes 1.5 times as many)"
+
 
 class AdaLoRA(Targeted):
     """Low-rank adapters whose ranks are found in training.
@@ -78,7 +80,7 @@ class AdaLoRA(Targeted):
     def _not_below_rank(cls, init_rank: int, info: ValidationInfo) -> int:
         rank = info.data.get("rank", 1)
         if init_rank < rank:
-            raise PydanticCustomError("below_rank", "is below rank = {rank}", {"rank": rank})
+            raise PydanticCustomError("below_rank", _BELOW, {"rank": rank})
         return init_rank
 
     @property
@@ -204,6 +206,7 @@ class AdaLoRAAdapter(FrozenBaseAdapter):
 
     def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
         """None; but by this call the adapter learns the length of the run, which the budget's fall goes by."""
+        super().restarts(total_steps, rewarm_steps)
         if self.pattern is None and (misfit := self.config.check_length(total_steps)) is not None:
             raise ConfigError(f"{misfit[0]} = {misfit[1]}")
         self._total = total_steps

@@ -79,17 +79,13 @@ def place(
     keep_base: str | Path | None,
 ) -> Adapter:
     """Attach a config to a model under a name, as `registry.attach` says."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model={model!r}: give a torch.nn.Module; transformers' from_pretrained makes one of a name")
+    check_model(model)
     if wrapped := next((n for n, m in model.named_modules() if type(m).__module__.startswith("peft.tuners.")), None):
         raise ConfigError(
             f"{wrapped} is a layer of peft: load the plain model and the adapter with trimtab.load_adapter, or give "
             "the peft model restarts with trimtab.interop.peft.Restarts"
         )
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"name={name!r}: an adapter's name is a text that is not empty")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype={dtype!r}: nothing can compute in it; give torch.bfloat16, float16 or float32")
+    check_settings(name=name, dtype=dtype, pure=pure)
     try:
         refuse_split(model)
     except ConfigError as error:
@@ -116,6 +112,22 @@ def place(
     return adapter
 
 
+def check_model(model: object) -> None:
+    """Raise ConfigError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={model!r}: give a torch.nn.Module; transformers' from_pretrained makes one of a name")
+
+
+def check_settings(*, name: object = "default", dtype: object = None, pure: object = False) -> None:
+    """Raise ConfigError for settings of `attach` that no model could take."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name={name!r}: an adapter's name is a text that is not empty")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype={dtype!r}: nothing can compute in it; give torch.bfloat16, float16 or float32")
+    if not isinstance(pure, bool):
+        raise ConfigError(f"pure={pure!r}: give True or False")
+
+
 def _refuse_beside(
     record: Attached, name: str, config: Method, dtype: torch.dtype | None, pure: bool, keep_base: str | Path | None
 ) -> None:
@@ -137,7 +149,8 @@ def _refuse_beside(
             f"adapter {next(iter(record.adapters))!r}; merge() or detach() it first"
         )
     if dtype is not None and dtype != record.residence.dtype:
-        raise ConfigError(f"dtype={dtype}: the model's adapters compute in {record.residence.dtype}; leave dtype out")
+        theirs = record.residence.dtype or "the dtype that each weight has"
+        raise ConfigError(f"dtype={dtype}: the model's adapters compute in {theirs}; leave dtype out")
     if pure and not record.residence.pure:
         raise ConfigError("pure=True: the model's adapters were attached without it; leave it out")
     if keep_base is not None and record.residence.kept is None:

@@ -17,20 +17,22 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError
+from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError, ConfigError
 from trimtab.methods.attached import Attached, place, record_of
 from trimtab.methods.folder import SavedAdapter, write_adapter_folder
 from trimtab.methods.oneline import OneLine
+from trimtab.methods.parts import AdapterState, StepReport, Trainable
 from trimtab.methods.watch import Watch
 from trimtab.nn.residence import Residence
-from trimtab.settings import Settings
+from trimtab.settings import Settings, check_whole
+
+__all__ = ["GROUPS", "REGISTRY", "Adapter", "AdapterState", "Method", "StepReport", "Trainable", "group_of"]
 
 #: What a trained tensor is, in the order in which `parameter_groups` returns the groups.
 GROUPS = ("adapter", "embedding", "norm", "head", "base")
@@ -42,37 +44,6 @@ REGISTRY: dict[str, type[Method]] = {}
 def group_of(roles: frozenset[str]) -> str:
     """The group of a tensor with these roles; a tied embedding and head counts as embedding."""
     return next(group for group in GROUPS if group in roles)
-
-
-@dataclass(frozen=True)
-class Trainable:
-    """One trained tensor: its qualified name in the model, the parameter, and its group."""
-
-    name: str
-    parameter: nn.Parameter
-    group: str
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What `after_step` did.
-
-    `trainable_changed` tells a loop that the set of trained tensors is another one now (the end of a
-    warm start): the optimizer's groups are already rewritten in place, and anything that was derived
-    from the old set (a printed table, a wrapper) is stale. `events` are plain dictionaries with an
-    `event` key, to be logged as they are; `{"event": "restart", ...}` is the one that plots mark.
-    """
-
-    trainable_changed: bool = False
-    events: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass
-class AdapterState:
-    """What a method stores beyond the frozen base: tensors by name, and plain JSON values."""
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
 
 
 class Method(Settings, abc.ABC, metaclass=OneLine):
@@ -120,6 +91,11 @@ class Method(Settings, abc.ABC, metaclass=OneLine):
         return ""
 
     @property
+    def no_checkpointing(self) -> str:
+        """Why this method does not go with activation checkpointing; empty where it does."""
+        return ""
+
+    @property
     def switch_step(self) -> int:
         """Steps of full-rank training before the adapter comes into being; 0 for none."""
         return 0
@@ -138,7 +114,13 @@ class Method(Settings, abc.ABC, metaclass=OneLine):
         return None
 
     def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
-        """The steps of a run of `total_steps` after which a restart happens: none at the end, none without re-warm."""
+        """The steps of a run of `total_steps` after which a restart happens: none at the end, none without re-warm.
+
+        Raises:
+            ConfigError: one of the two is no whole number.
+        """
+        check_whole("total_steps", total_steps)
+        check_whole("rewarm_steps", rewarm_steps)
         return ()
 
     @classmethod
@@ -207,9 +189,16 @@ class Adapter(abc.ABC):
         `names` (the parameters' names, in the order of `params`); optimizers carry the last two along.
 
         Raises:
-            ConfigError: the model is not as the adapter left it, see `after_step`.
+            ConfigError: a rate or a decay is no number, or below 0; or the model is not as the adapter left it, see
+                `after_step`.
+            ValueError: the adapter was merged or detached.
         """
+        self._require_open("parameter_groups()")
         self._check_model("parameter_groups()")
+        for key, value in (("lr", lr), ("weight_decay", weight_decay)):
+            number = isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
+            if not number or not float(value) >= 0:
+                raise ConfigError(f"parameter_groups: {key} = {value!r}: give a number, at least 0")
         groups: list[dict[str, Any]] = [
             {"params": [], "names": [], "group": group, "lr": lr, "weight_decay": weight_decay} for group in GROUPS
         ]
@@ -362,9 +351,21 @@ class Adapter(abc.ABC):
             CannotSave: the adapter alone would not describe what was trained.
         """
         self._require_open("save()")
+        if not isinstance(path, str | Path):
+            raise ConfigError(f"path={path!r}: give the folder to write")
         self._check_model("save()")
         with self.record.at_work(self.attached_name):
             write_adapter_folder(Path(path), self._saved())
+
+    def check_save(self) -> None:
+        """Find out whether `save` would work now, and write nothing.
+
+        Raises:
+            CannotSave: it would not.
+        """
+        self._require_open("check_save()")
+        with self.record.at_work(self.attached_name):
+            self._saved()
 
     def _saved(self) -> SavedAdapter:
         """What `save` writes."""

@@ -29,6 +29,9 @@ from trimtab.nn.weights import holder_of
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 
+#: What older versions of PEFT wrote instead.
+PICKLE_FILE = "adapter_model.bin"
+
 #: What PEFT puts before the model's own names in an adapter file.
 PREFIX = "base_model.model."
 
@@ -39,6 +42,10 @@ OURS, SAMPLE = "trimtab", "base_sample"
 COMMON_FIELDS = frozenset(
     {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 )
+
+
+#: Where the name of an adapted layer ends and that of what it wears begins, in the methods' files.
+_LEAVES = re.compile(r"\.(?=lora_|vera_lambda_|ia3_|adapter_|added_bias|base_layer)")
 
 
 @dataclass
@@ -77,6 +84,11 @@ class SavedAdapter:
                 f"{path}: the adapter is of another base: sampled weights agree to {alike:.2f} only (1 is the same "
                 "base, and a 4-bit copy of it gives 0.99); load the checkpoint that it was trained on"
             )
+
+    def missing_layer(self, model: nn.Module) -> str | None:
+        """The first layer that the adapter has tensors for, and a model lacks; None when there is none."""
+        known = {name for name, _ in model.named_modules()}
+        return next((layer for name in self.tensors if (layer := layer_of(name)) and layer not in known), None)
 
     def matched(
         self, suffixes: Mapping[str, str], *, required: Iterable[str], known: Mapping[str, Tensor]
@@ -119,6 +131,11 @@ class SavedAdapter:
                     "the tensor out of the file"
                 )
         return named
+
+
+def layer_of(name: str) -> str:
+    """The adapted layer whose tensor has this name in a file; empty for tensors that are of no such layer."""
+    return _LEAVES.split(name)[0] if _LEAVES.search(name) else ""
 
 
 def _is_copy(stored: Tensor, own: Tensor) -> bool:
@@ -261,7 +278,7 @@ def read_adapter_folder(path: Path) -> SavedAdapter:
     config_file, tensor_file = inside(path, CONFIG_FILE), inside(path, TENSOR_FILE)
     for file in (config_file, tensor_file):
         if not file.is_file():
-            raise CheckpointError(f"{path} is no adapter folder: {file.name} is missing")
+            raise CheckpointError(f"{path} is no adapter folder: {file.name} is missing{_instead(path, file.name)}")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -282,6 +299,18 @@ def read_adapter_folder(path: Path) -> SavedAdapter:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return SavedAdapter(config, tensors, extra)
+
+
+def _instead(path: Path, missing: str) -> str:
+    """What a folder without one of an adapter's files may be, and the way out; empty if nothing is known of it."""
+    if missing == CONFIG_FILE and (path / "adapter" / CONFIG_FILE).is_file():
+        return f"; it is a run's folder, and its adapter is {path / 'adapter'}"
+    if missing == TENSOR_FILE and (path / PICKLE_FILE).is_file():
+        return (
+            f"; {PICKLE_FILE} is a pickle, which could run code and is never loaded: where you trust it, load it with "
+            "peft and write it anew with save_pretrained(folder, safe_serialization=True)"
+        )
+    return ""
 
 
 def write_adapter_folder(path: Path, saved: SavedAdapter) -> None:

@@ -8,6 +8,7 @@ from here and from `worn`. Methods that put hooks on a model instead of swapping
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from trimtab.errors import CannotDetach, CannotMerge
 from trimtab.methods.attached import record_of
 from trimtab.methods.folder import SAMPLE, SavedAdapter, encode_sample
+from trimtab.methods.foldercheck import PEFT_TYPES
 from trimtab.methods.keep import Kept
+from trimtab.methods.tiedfiles import TIED, fitting, refuse_parted, tied_names
 from trimtab.methods.worn import CARRY, ROLES, FrozenBase, Role, Targeted, WornAdapter, several
 from trimtab.nn.adapted import check_bases, merge_report
 from trimtab.nn.residence import fingerprint
@@ -143,12 +146,20 @@ class FrozenBaseAdapter(WornAdapter):
     # -- files ---------------------------------------------------------------------------------
 
     def _peft_config(self, kind: str) -> dict[str, Any]:
-        """What every adapter_config.json says."""
+        """What every adapter_config.json says.
+
+        Raises:
+            CannotSave: PEFT reads files of this kind, and would part a tied weight that was trained.
+        """
+        if kind in PEFT_TYPES:
+            refuse_parted(self, self._saved_in_full()[0])
         base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
         return {"peft_type": kind, "task_type": None, "base_model_name_or_path": base, "inference_mode": True}
 
     def _extra(self, **values: Any) -> dict[str, Any]:
         """Our own entries of a saved adapter, the base's sample among them."""
+        if full := self._saved_in_full()[0]:
+            values[TIED] = tied_names(self.model, full)
         sample = self._base_sample
         return {**values, SAMPLE: encode_sample(sample)} if sample.numel() else values
 
@@ -166,8 +177,9 @@ class FrozenBaseAdapter(WornAdapter):
             suffixes: endings of PEFT's names and what our names have instead: {".lora_A.weight": ".lora_A"}.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown, or of another shape.
+            CheckpointError: a tensor is missing, unknown, of another shape, or tied otherwise than in this model.
         """
+        saved = replace(saved, tensors=fitting(saved, self.model))
         own, parameters = self.own(), self._residence.parameters
         known = {**parameters, **own}
         named = saved.matched(suffixes, required=own, known=known)

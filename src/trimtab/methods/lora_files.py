@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import CannotSave, CheckpointError
+from trimtab.errors import CheckpointError
 from trimtab.methods.folder import SavedAdapter, endings_pattern, refuse_unknown, saved_targets
 from trimtab.methods.lora_checks import pattern_of
 from trimtab.nn.initial import stacked
 from trimtab.nn.inject import ALL_LINEAR, name_ends
-from trimtab.nn.tied import owners_of
 from trimtab.nn.weights import is_conv1d
 
 if TYPE_CHECKING:
@@ -224,13 +223,6 @@ def saved_adapter(adapter: LoRAAdapter) -> SavedAdapter:
 def _in_full(adapter: LoRAAdapter) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors that train in full, as PEFT names them, and its modules_to_save."""
     full, _ = adapter._saved_in_full()
-    for name in full:
-        shared = owners_of(adapter.model, adapter._residence.parameters[name])
-        if len(shared) > 1:
-            raise CannotSave(
-                f"{' = '.join(shared)} is one weight and was trained, and an adapter's file would part its users: "
-                "call merge() and model.save_pretrained() instead, or attach with untie=True"
-            )
     beside = {name for name, roles in adapter._roles.items() if roles & adapter.config.trained_roles}
     named, modules = {}, []
     for name, tensor in full.items():

@@ -59,6 +59,10 @@ class PrefixTuning(SoftPrompt):
     def no_merge(self) -> str:
         return "a prefix lies in the cache of keys and values and is no part of any weight"
 
+    @property
+    def no_checkpointing(self) -> str:
+        return _REFUSED
+
     def _attach(self, model: nn.Module, residence: Residence) -> PrefixTuningAdapter:
         return PrefixTuningAdapter(model, self, residence)
 

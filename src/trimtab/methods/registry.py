@@ -10,12 +10,13 @@ import torch
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from torch import nn
 
-from trimtab.errors import CheckpointError, ConfigError
-from trimtab.methods.attached import activate, record_of
+from trimtab.errors import CheckpointError, ConfigError, TargetError, TrimtabError
+from trimtab.methods.attached import activate, check_model, record_of
 from trimtab.methods.base import REGISTRY, Adapter, Method
-from trimtab.methods.folder import SavedAdapter, read_adapter_folder
+from trimtab.methods.folder import SavedAdapter, layer_of, read_adapter_folder
 from trimtab.methods.foldercheck import PEFT_TYPES
-from trimtab.methods.oneline import misfit
+from trimtab.methods.oneline import check_kinds, misfit
+from trimtab.nn.tied import can_part, groups_of
 
 
 def registry() -> dict[str, type[Method]]:
@@ -37,15 +38,20 @@ def parse_method(value: Method | Mapping[str, Any]) -> Method:
         said = f"the class; give {given.__name__}()" if isinstance(given, type) else type(given).__name__
         raise ConfigError(f"a method is a config or a mapping with a `name`, got {said}")
     name = value.get("name")
+    if name is None:
+        raise ConfigError(f"name is missing; the methods are {', '.join(sorted(REGISTRY))}")
     if name not in REGISTRY:
         raise ConfigError(f"name: no method is called {name!r}; the methods are {', '.join(sorted(REGISTRY))}")
     return REGISTRY[name].model_validate(dict(value))
 
 
-def _from_user(config: Method | Mapping[str, Any]) -> Method:
+def method_from_user(config: Method | Mapping[str, Any]) -> Method:
     """As `parse_method`, with every mistake as a ConfigError of one line."""
     try:
-        return parse_method(config)
+        method = parse_method(config)
+        if isinstance(config, Mapping):
+            check_kinds(type(method), config)
+        return method
     except ValidationError as error:
         assert isinstance(config, Mapping)
         raise misfit(REGISTRY[config["name"]], error) from None
@@ -83,7 +89,7 @@ def attach(
         ConfigError: the name is taken, the adapters would change the same base, or the mapping is none of a method.
         TargetError: the targets match nothing that can be adapted.
     """
-    return _from_user(config).attach(model, name=name, dtype=dtype, pure=pure, keep_base=keep_base)
+    return method_from_user(config).attach(model, name=name, dtype=dtype, pure=pure, keep_base=keep_base)
 
 
 def method_of(saved: SavedAdapter) -> Method | None:
@@ -103,9 +109,27 @@ def load_adapter(
 
     Raises:
         CheckpointError: the folder is missing, damaged, of no known method, or of another base.
+        ConfigError: what is given is no model or no path, or the name is taken.
     """
-    saved = read_adapter_folder(Path(path))
-    config = method_of(saved)
+    check_model(model)
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"path={path!r}: give the adapter's folder")
+    return attach_saved(model, read_adapter_folder(Path(path)), path, name=name, keep_base=keep_base)
+
+
+def attach_saved(
+    model: nn.Module,
+    saved: SavedAdapter,
+    path: str | Path,
+    *,
+    name: str = "default",
+    keep_base: str | Path | None = None,
+) -> Adapter:
+    """As `load_adapter`, of a folder that was read already; `path` is for messages."""
+    try:
+        config = method_of(saved)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     if config is None:
         raise CheckpointError(
             f"{path}: peft_type {saved.config.get('peft_type')!r} is of no known method; those known are "
@@ -120,10 +144,29 @@ def load_adapter(
         saved.check_base(model, str(path))
         adapter = config.attach(model, name=name, keep_base=keep_base)
         config.load_saved(adapter, saved)
-    except BaseException:
+    except BaseException as error:
         if adapter is not None:
             adapter.detach()
         if before:
             activate(model, before)
+        if isinstance(error, TargetError | CheckpointError):
+            raise _misfit(model, saved, path, error) from None
         raise
     return adapter
+
+
+def _misfit(model: nn.Module, saved: SavedAdapter, path: str | Path, error: TrimtabError) -> CheckpointError:
+    """Why a folder's adapter does not go on a model; what `attach` advises cannot be followed in loading."""
+    if layer := saved.missing_layer(model):
+        what = f"the adapter is of another base: {type(model).__name__} has no layer {layer}"
+        return CheckpointError(f"{path}: {what}; load it on the model that it was trained on")
+    if isinstance(error, CheckpointError):
+        return error if str(error).startswith(str(path)) else CheckpointError(f"{path}: {error}")
+    groups = groups_of(model)
+    tied = next((groups[n] for name in saved.tensors if (n := f"{layer_of(name)}.weight") in groups), None)
+    if tied is None:
+        return CheckpointError(f"{path}: the adapter does not go with this model: {error}")
+    way = "call trimtab.untie(model) first" if can_part(model, tied) else "this model cannot part them: use PEFT"
+    return CheckpointError(
+        f"{path}: the adapter changes one user alone of {' = '.join(tied)}, which is one weight in this model; {way}"
+    )

@@ -74,6 +74,7 @@ class ReLoRA(LoRA):
         return init
 
     def restarts(self, total_steps: int, rewarm_steps: int = 0) -> tuple[int, ...]:
+        super().restarts(total_steps, rewarm_steps)
         first = self.warm_start_steps + self.restart_every
         return tuple(n for n in range(first, total_steps, self.restart_every) if total_steps - n >= rewarm_steps)
 

@@ -208,7 +208,7 @@ class SoftPromptAdapter(FrozenBaseAdapter):
 
     def _plain_name(self, name: str) -> str:
         """The model's own name of a tensor: reading takes "base_model.model." off, of which "model." may be its own."""
-        known = self._residence.parameters
+        known = {known for known, _ in self.model.named_parameters(remove_duplicate=False)}
         return next((n for n in (name.removeprefix(BASE), f"model.{name}") if n in known), name)
 
 

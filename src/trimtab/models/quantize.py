@@ -58,7 +58,7 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={model!r}: give a torch.nn.Module, or load one with trimtab.load_quantized")
-    check_settings(kind, compute_dtype, min_kept)
+    check_settings(kind, compute_dtype, min_kept, double)
     _refuse_adapters(model)
     layers = choose(model, skip)
     _refuse_trained(layers)
@@ -93,8 +93,10 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     return list(layers)
 
 
-def check_settings(kind: str, compute_dtype: torch.dtype | None, min_kept: float) -> None:
+def check_settings(kind: str, compute_dtype: torch.dtype | None, min_kept: float, double: bool | None = None) -> None:
     """Raise ConfigError for a setting that cannot be."""
+    if double is not None and not isinstance(double, bool):
+        raise ConfigError(f"double = {double!r}: give True or False")
     if kind not in KINDS:
         raise ConfigError(f"kind = {kind!r}: no such quantisation; there is {', '.join(map(repr, KINDS))}")
     check_dtype("compute_dtype", compute_dtype)

@@ -74,7 +74,7 @@ def load_quantized(
         CheckpointError: a file is missing or damaged, or does not fit the config.
     """
     least = MIN_KEPT if min_kept is None else min_kept
-    check_settings(kind, compute_dtype, least)
+    check_settings(kind, compute_dtype, least, double)
     check_dtype("dtype", dtype)
     _check_device(device)
     stored = _stored_quantization(Path(path).expanduser())
@@ -82,7 +82,7 @@ def load_quantized(
         given = "double" if double is not None else "skip"
         raise ConfigError(f"{given} has no effect: {path} is quantised already; leave it out")
     folder = _folder(path)
-    hf = _stored_config(folder) if stored is not None else read_config(str(path))
+    hf = _stored_config(folder) if stored is not None else _plain_config(path)
     model = _skeleton(hf, model_class)
     with TensorFiles(folder, TENSORS if stored is None else PACKED) as files:
         if stored is None:
@@ -188,11 +188,22 @@ def _stored_quantization(folder: Path) -> dict[str, Any] | None:
     return said
 
 
+def _plain_config(path: str | Path) -> Any:
+    """The config of a plain checkpoint; what is wrong is said of this call, which has no setting model.name."""
+    try:
+        return read_config(str(path))
+    except ConfigError as error:
+        text = str(error).removeprefix("model.name: ").replace("neither a preset nor a folder", "no folder")
+        if text.startswith("no preset"):
+            text = f"there is no folder {path}, and a name on the hub is owner/name"
+        raise ConfigError(f"load_quantized: {text}") from None
+
+
 def _folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    read_config(str(path))  # one clear line where there is no such model
+    _plain_config(path)  # one clear line where there is no such model
     from huggingface_hub import snapshot_download
 
     with quiet_libraries():

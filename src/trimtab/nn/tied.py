@@ -20,6 +20,14 @@ def owners_of(model: nn.Module, parameter: Tensor) -> list[str]:
     return [name for name, p in model.named_parameters(remove_duplicate=False) if p is parameter]
 
 
+def groups_of(model: nn.Module) -> dict[str, list[str]]:
+    """Of each name of a weight that a model holds under several, all of them, the first one first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
 @dataclass(frozen=True)
 class Parted:
     """What tying a head again takes: names and numbers alone, which are as true of a copy of the model.
@@ -65,23 +73,13 @@ def untie(model: nn.Module) -> Callable[[], None]:
 
 def part(model: nn.Module) -> Parted | None:
     """As `untie`; what tying again takes is told as plain data, and None where nothing was tied."""
-    source, head = (_module(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
-    if source is None or head is None or source is head or head.weight is not source.weight:
+    if (pair := _pair(model)) is None:
         return None
+    source, head = pair
     shared: Any = source.weight
     names = owners_of(model, shared)
-    if len(names) > 2:
-        raise ConfigError(
-            f"untie: {' = '.join(names)} is one weight, of which only a head and an embedding can be parted; "
-            "leave it out of the targets"
-        )
-    kinds = {type(module) for module in model.modules()}
-    reader = next((kind for kind in kinds if _FLAG in _source(kind)), None)
-    if reader is not None:
-        raise ConfigError(
-            f"untie: {reader.__name__}.forward reads config.{_FLAG}, so a model with parted weights would compute "
-            "something else; leave the tied weight out of the targets"
-        )
+    if fault := _fault(model, names):
+        raise ConfigError(f"untie: {fault}")
     configs = _configs(model)
     tied = tuple(at for at, config in enumerate(configs) if getattr(config, _FLAG, False))
     listed: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -92,6 +90,37 @@ def part(model: nn.Module) -> Parted | None:
         model.all_tied_weights_keys = {k: v for k, v in listed.items() if k not in names}  # type: ignore[assignment]
     called = {id(module): name for name, module in model.named_modules()}
     return Parted(called[id(source)], called[id(head)], tied, tuple(listed.items()))
+
+
+def can_part(model: nn.Module, names: list[str]) -> bool:
+    """Whether `untie` gives the users of the weight with these names a weight each."""
+    pair = _pair(model)
+    return pair is not None and owners_of(model, pair[0].weight) == names and not _fault(model, names)
+
+
+def _pair(model: nn.Module) -> tuple[Any, Any] | None:
+    """The input embedding and the head, where the head reads the embedding's table."""
+    source, head = (_module(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
+    if source is None or head is None or source is head or head.weight is not source.weight:
+        return None
+    return source, head
+
+
+def _fault(model: nn.Module, names: list[str]) -> str:
+    """Why the weight with these names cannot be parted; empty where it can."""
+    if len(names) > 2:
+        return (
+            f"{' = '.join(names)} is one weight, of which only a head and an embedding can be parted; "
+            "leave it out of the targets"
+        )
+    kinds = {type(module) for module in model.modules()}
+    reader = next((kind for kind in kinds if _FLAG in _source(kind)), None)
+    if reader is None:
+        return ""
+    return (
+        f"{reader.__name__}.forward reads config.{_FLAG}, so a model with parted weights would compute "
+        "something else; leave the tied weight out of the targets"
+    )
 
 
 def _nothing() -> None:
