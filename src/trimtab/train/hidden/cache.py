@@ -191,25 +191,24 @@ class HiddenCache:
         except TypeError:
             total = None
         with tqdm(batches, total=total, desc="hidden states", unit="batch") as bar, torch.no_grad():
+            bar.write(self._estimate(self._expected))
             for done, batch in enumerate(bar, start=1):
-                before = sum(self.tokens)
+                before = self.tokens
                 with self._visiting(batch, stop=True), suppress(_Enough):
                     self.adapter.model(**batch)
-                if done == 1:
-                    bar.write(self._estimate(total, new=sum(self.tokens) > before))
+                if done == 1 and total is not None and self._expected is None:
+                    new = (now - then for now, then in zip(self.tokens, before, strict=True))
+                    bar.write(self._estimate([then + n * total for then, n in zip(before, new, strict=True)]))
                 bar.set_postfix_str(_size(self.size))
 
-    def _estimate(self, batches: int | None, *, new: bool) -> str:
-        """How large it will be, in words; checked against the free disk where it can be told."""
-        each = f"{_size(self.bytes_per_token)} a token"
-        expected, why = self._expected, ""
-        if expected is None and batches is not None and new:
-            expected, why = tuple(n * batches for n in self.tokens), ", by the first batch"
-        if expected is None:
-            return f"hidden states: {each}, into {self.folder}"
-        needed = self._bytes(expected)
+    def _estimate(self, tokens: Sequence[int] | None) -> str:
+        """How large it will be with so many tokens, in words; checked against the free disk."""
+        each = f"{_size(self.bytes_per_token)} a token, into {self.folder}"
+        if tokens is None:
+            return f"hidden states: {each}"
+        needed = self._bytes(tokens)
         self._store.check_room(max(0, needed - self._bytes(self.tokens)))
-        return f"hidden states: about {_size(needed)} for {sum(expected):,} tokens{why} ({each}), into {self.folder}"
+        return f"hidden states: about {_size(needed)} for {sum(tokens):,} tokens, {each}"
 
     @contextmanager
     def _visiting(self, batch: Mapping[str, Any], *, stop: bool) -> Iterator[list[bool]]:
@@ -227,7 +226,11 @@ class HiddenCache:
                 examples.check_call(called_with(module, args, kwargs), pair=self._identity.pair)
                 self._start(examples, stop).put_on(forward)
 
+            def after(module: nn.Module, args: Any, output: Any) -> None:
+                forward.close()
+
             on.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+            on.callback(model.register_forward_hook(after, always_call=True).remove)
             yield called
 
     def _start(self, examples: Examples, stop: bool) -> Recorder | Replayer:

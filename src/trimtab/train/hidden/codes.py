@@ -67,7 +67,7 @@ def pack(x_TD: Tensor, storage: Storage) -> Tensor:
     wide = x_TD.to(torch.float32)
     # The floor keeps a row of zeros from dividing by zero; half of it is far below what any model computes with.
     scale = (wide.abs().amax(1, keepdim=True) / _LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
-    codes = wide.div_(scale).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+    codes = (wide / scale).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
     return torch.cat((scale.view(torch.uint8), codes.view(torch.uint8)), 1)
 
 

@@ -54,6 +54,10 @@ class Tokens:
         """How many tokens each row of x (B, S, ...) has."""
         return [x.shape[1]] * x.shape[0] if self.mask is None else self.mask.sum(1).tolist()
 
+    def expected(self, counts: list[int]) -> list[int]:
+        """What such counts of stored tokens must be."""
+        return counts[:1] * len(counts) if self.mask is None else self.mask.sum(1).tolist()
+
     def gather(self, x: Tensor, what: str) -> Tensor:
         """(T, D): those of (B, S, D), row after row.
 
@@ -148,6 +152,14 @@ def examples_of(batch: Mapping[str, Any], sides: Sequence[Side]) -> Examples:
     for name, value in sorted(values.items()):
         if not _is_of_rows(value, rows):
             fixed.update(_header(name, value) + (_content(value) if isinstance(value, Tensor) else b""))
+    if (
+        pair
+        and masks["encoder"] is not None
+        and masks["decoder"] is None
+        and not any(n in values for n in _DECODER[:2])
+    ):
+        # The decoder's inputs are made of the encoder's, padding and all.
+        fixed.update(_header("length", masks["encoder"].shape[1]))
     keys = []
     for row in range(rows):
         digest = fixed.copy()

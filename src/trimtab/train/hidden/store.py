@@ -173,8 +173,8 @@ class Store:
             return
         if not self._try_lock():
             raise ConfigError(
-                f"{self.folder}: somebody else writes to this cache of hidden states; wait for them, or give another "
-                "folder"
+                f"{self.folder}: somebody else writes to this cache of hidden states, or nobody may; wait for them, or "
+                "give another folder"
             )
         if self.meta is None and (self.folder / META).exists():
             self.meta = self._read_meta()
@@ -183,7 +183,10 @@ class Store:
     def _try_lock(self) -> bool:
         import fcntl
 
-        handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:  # a folder that may only be read
+            return False
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -224,8 +227,14 @@ class Store:
         """Say what the records are; before the first of them."""
         path = self.folder / META
         temporary = path.with_name(f"{META}.tmp")
-        temporary.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(json.dumps(meta, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
         self.meta = meta
 
     def append(self, records: Sequence[tuple[str, tuple[int, ...], bytes]]) -> None:

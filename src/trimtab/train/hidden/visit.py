@@ -143,7 +143,9 @@ class Recorder:
         counts = tokens.counts(x)
         self._counts[plane.stack] = counts
         packed = pack(x_TD, self._storage)
-        rows = list(np.split(packed.cpu().numpy(), np.cumsum(counts)[:-1]))
+        # A copy: what the block gave may be written into before its record is.
+        own = torch.empty_like(packed, device="cpu").copy_(packed)
+        rows = list(np.split(own.numpy(), np.cumsum(counts)[:-1]))
         for row, parts in self._old.items():
             rows[row] = parts[index][call]
         for row, twin in self._twins.items():
@@ -189,6 +191,9 @@ class Replayer:
         self._reading, self._planes, self._storage = reading, planes, storage
         self._examples, self._calls = examples, calls
         self._split = [split_record(record, planes, storage, counts) for record, counts in records]
+        for number, tokens in enumerate(examples.tokens):
+            found = [counts[number] for _, counts in records]
+            assert found == tokens.expected(found), (found, tokens.mask)
 
     def put_on(self, on: ExitStack) -> None:
         """Be at work until `on` is closed."""
