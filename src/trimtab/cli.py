@@ -35,8 +35,8 @@ _MANUAL = """Train large Transformers through small updates.
 
 Trimtab pre-trains language models with ReLoRA (high-rank training through a sequence of low-rank
 updates, arXiv 2307.05695), in full, or with any of its other methods (LoRA, AdaLoRA, VeRA, (IA)3,
-BitFit, bottleneck adapters, prompt and prefix tuning), and leaves a folder with a model that
-Hugging Face transformers loads and a report to look at.
+BitFit, bottleneck adapters, prompt and prefix tuning, READ, Ladder Side-Tuning), and leaves a
+folder with a model that Hugging Face transformers loads and a report to look at.
 
 \b
 EXAMPLES
@@ -68,7 +68,8 @@ _PRETRAIN = """Pre-train a causal language model, from random weights or from a 
 Text is turned into a store of tokens first, unless that is there already. Then the model trains,
 with restarts, evaluations and checkpoints as configured. At the end the update is merged into the
 weights, the merged model is evaluated and saved, and a report is written. A method that has no
-merged form (bottleneck, prompt, prefix, BitFit's add_bias) leaves its adapter beside the base.
+merged form (bottleneck, prompt, prefix, READ, ladder, BitFit's add_bias) leaves its adapter beside
+the base.
 
 \b
 ARGUMENTS

@@ -129,8 +129,16 @@ def test_the_manuals_name_all_methods_statuses_and_folders() -> None:
     """`trimtab --help`, the commands' pages and docs/cli.md agree with what there is."""
     from trimtab import cli, cliexport
 
-    words = {"adalora": "AdaLoRA", "bottleneck": "bottleneck", "ia3": "(IA)3", "vera": "VeRA", "full": "in full"}
+    words = {
+        "adalora": "AdaLoRA",
+        "bottleneck": "bottleneck",
+        "ia3": "(IA)3",
+        "vera": "VeRA",
+        "full": "in full",
+        "read": "READ",
+    }
     words |= {"bitfit": "BitFit", "lora": "LoRA", "prefix": "prefix", "prompt": "prompt", "relora": "ReLoRA"}
+    words |= {"ladder": "Ladder"}
     assert set(words) == set(registry())
     assert all(word in cli._MANUAL for word in words.values())
     for page in (cli._MANUAL, cli._PRETRAIN, cli._TOKENIZE, cliexport.MERGE, cliexport.EXPORT):

@@ -23,8 +23,8 @@ def peft_model() -> nn.Module:
 
 @pytest.mark.parametrize(
     "config",
-    [trimtab.PromptTuning(length=3), trimtab.Bottleneck(size=4), trimtab.BitFit(add_bias=True)],
-    ids=["prompt", "bottleneck", "bitfit"],
+    [trimtab.PromptTuning(length=3), trimtab.Bottleneck(size=4), trimtab.BitFit(add_bias=True), trimtab.READ(size=4)],
+    ids=["prompt", "bottleneck", "bitfit", "read"],
 )
 def test_no_merged_form_is_said_at_the_end(
     config: trimtab.Method, tmp_path: Path, caplog: pytest.LogCaptureFixture

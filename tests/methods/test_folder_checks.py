@@ -20,6 +20,7 @@ METHODS = {
     "adalora": trimtab.AdaLoRA(rank=2, init_rank=3),
     "bottleneck": trimtab.Bottleneck(size=4),
     "prompt": trimtab.PromptTuning(length=3),
+    "read": trimtab.READ(size=4),
 }
 NORM = "base_model.model.model.norm.weight"
 

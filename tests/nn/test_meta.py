@@ -15,6 +15,8 @@ METHODS: dict[str, trimtab.Method] = {
     "ia3": trimtab.IA3(),
     "bitfit": trimtab.BitFit(add_bias=True),
     "bottleneck": trimtab.Bottleneck(size=3),
+    "read": trimtab.READ(size=3, cell="gru"),
+    "ladder": trimtab.Ladder(reduction=4),
 }
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import trimtab
 
-#: The methods of test_compile (prefix tuning is refused with checkpointing) and more. One line adds a method.
+#: The methods of test_compile that back-propagate through blocks (prefix tuning is refused with checkpointing), and
+#: more. One line adds a method.
 CHECKPOINTED: dict[str, tuple[dict[str, Any], torch.dtype | str]] = {
-    n: m for n, m in METHODS.items() if n != "prefix"
+    n: m for n, m in METHODS.items() if n not in ("prefix", "read")
 } | {
     "lora, half adapted": ({"name": "lora", "rank": 3, "targets": ["o_proj", "down_proj"]}, torch.float32),
 }

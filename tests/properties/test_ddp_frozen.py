@@ -1,4 +1,4 @@
-"""Bottlenecks, prompts and prefixes under DistributedDataParallel, which sees their parameters on the model."""
+"""Methods with parameters beside the base, under DistributedDataParallel, which sees them on the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import trimtab
 CONFIGS = {
     "bottleneck": trimtab.Bottleneck(size=4),
     "prompt": trimtab.PromptTuning(length=4),
+    "read": trimtab.READ(size=4, cell="lstm"),
     "prefix": trimtab.PrefixTuning(length=4, projection=True),
+    "ladder": trimtab.Ladder(reduction=4),
 }
 
 

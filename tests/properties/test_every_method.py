@@ -37,6 +37,8 @@ METHODS: dict[str, Callable[[str], trimtab.Method]] = {
     "bottleneck": lambda family: trimtab.Bottleneck(size=4),
     "prompt": lambda family: trimtab.PromptTuning(length=4),
     "prefix": lambda family: trimtab.PrefixTuning(length=4),
+    "read": lambda family: trimtab.READ(size=8, train_also=()),
+    "ladder": lambda family: trimtab.Ladder(reduction=4, train_also=()),
     "relora": lambda family: trimtab.ReLoRA(rank=4, restart_every=4, train_also=("norms",)),
 }
 #: They train or rewrite the whole base, which 4 bits cannot hold.
@@ -49,7 +51,7 @@ STARTS_NEAR = {"lora-plus", "lora-pissa"}
 STARTS_ELSEWHERE = {"prompt", "prefix"}
 #: Writes into the base at attach.
 EDITS_AT_ONCE = {"lora-pissa"}
-UNMERGEABLE = {"bottleneck", "prompt", "prefix"}
+UNMERGEABLE = {"bottleneck", "prompt", "prefix", "read", "ladder"}
 #: The adapter alone does not describe what was trained.
 UNSAVABLE = {"full", "relora", "lora-warm"}
 CASES = [

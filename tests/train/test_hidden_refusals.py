@@ -15,7 +15,7 @@ import trimtab
 
 def test_methods_and_settings_without_fixed_hidden_states_are_refused(tmp_path: Path) -> None:
     lora = trimtab.attach(tiny_llama(), trimtab.LoRA(rank=2))
-    with pytest.raises(trimtab.ConfigError, match="method lora: hidden states can be kept for a method whose network"):
+    with pytest.raises(trimtab.ConfigError, match="method lora: hidden states can be kept for a method that reads"):
         open_cache(lora, tmp_path)
     with pytest.raises(trimtab.ConfigError, match=r"backbone_dropout=True: .* attach with backbone_dropout=False"):
         open_cache(with_read("llama", backbone_dropout=True)[1], tmp_path)

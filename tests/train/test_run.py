@@ -278,6 +278,8 @@ def test_other_methods_take_the_same_path(text: Path, tmp_path: Path, method: di
         {"name": "bottleneck", "size": 4},
         {"name": "prompt", "length": 3},
         {"name": "prefix", "length": 3},
+        {"name": "read", "size": 4},
+        {"name": "ladder", "reduction": 4},
     ],
     ids=lambda method: method["name"],
 )

@@ -9,6 +9,7 @@ from trimtab.methods.bitfit import BitFit
 from trimtab.methods.bottleneck import Bottleneck
 from trimtab.methods.full import Full
 from trimtab.methods.ia3 import IA3
+from trimtab.methods.ladder import Ladder
 from trimtab.methods.lora import LoRA
 from trimtab.methods.lora_combine import combine
 from trimtab.methods.prefix import PrefixTuning
@@ -28,6 +29,7 @@ __all__ = [
     "BitFit",
     "Bottleneck",
     "Full",
+    "Ladder",
     "LoRA",
     "Method",
     "MethodField",

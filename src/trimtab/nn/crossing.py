@@ -68,7 +68,7 @@ _VALUE = ("v", "v_proj", "value", "value_proj", "v_lin", "linear_v", "wv")
 _FUSED = ("c_attn", "kv", "kv_proj")
 
 
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compiler.disable` at the first call: it imports the compiler, which is there once a model is."""
     made: list[Callable[..., Any]] = []
     disable: Any = torch.compiler.disable
@@ -204,7 +204,7 @@ class _Tap:
         self.values, self.sink = values, sink
         self.through: Through | None = None
 
-    @_untraced
+    @untraced
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _restore(module)  # should an interrupt have kept `after` from it
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -216,7 +216,7 @@ class _Tap:
             )
         module.__dict__["config"] = _Renamed(module.__dict__["config"], self, states)
 
-    @_untraced
+    @untraced
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         # An output of None is that of a forward that failed, with an error of its own.
         if _restore(module) is not None and output is not None:
@@ -273,7 +273,7 @@ class _Tap:
         return ours.view(B, Tk, heads, head_dim).transpose(1, 2)
 
 
-@_untraced
+@untraced
 def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """What is registered: the module's own implementation, and a tap."""
     seen = _restore(module)

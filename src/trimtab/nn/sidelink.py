@@ -6,13 +6,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trimtab.errors import ConfigError
+from trimtab.nn.encoded import Encoded
 from trimtab.nn.sidenet import DepthRun, SideNetwork
 
 
-class Link:
+class Link(Encoded):
     """What passes from the encoder's network to the decoder's.
 
     Args:
@@ -22,16 +22,16 @@ class Link:
         grad: whether the caller of the decoder wants gradients; in the blocks they are off, and in the tap on.
     """
 
+    method = "READ"
+    without = "joiner='none'"
+
     def __init__(self, side: SideNetwork) -> None:
         self.side = side
         self.grad = False
-        self.clear()
+        super().__init__()
 
     def clear(self) -> None:
-        """Forget what was encoded."""
-        self.found: Tensor | None = None
-        self._states: Tensor | None = None
-        self._h: Tensor | None = None
+        super().clear()
         self._values: tuple[tuple[Any, ...], Tensor] | None = None
         self._joined: Tensor | None = None
 
@@ -39,48 +39,19 @@ class Link:
         """A copied model has encoded nothing yet."""
         return Link(copy.deepcopy(self.side, memo))
 
-    def after_encoder(self, encoder: nn.Module, args: Any, output: Any) -> None:
-        """Bind what was found in the encoder to the encoder's output."""
-        states, found = output[0], self.found
-        self.clear()
-        if found is None or states.shape[:2] != found.shape[:2]:
-            seen = "none" if found is None else tuple(found.shape[:2])
-            raise ConfigError(
-                f"{type(encoder).__name__} gives {tuple(states.shape)} after blocks of {seen} tokens, so the decoder's "
-                "cross-attention does not see the blocks' tokens; use joiner='none'"
-            )
-        self._states, self._h = states, found
-
     def values(self, states: Tensor) -> Tensor:
-        """The values of the cross-attention to these outputs of the encoder, formed once for all blocks."""
-        if not self._gave(states):
-            raise ConfigError(
-                "the decoder was given encoder outputs that this model's encoder did not just compute, so what READ "
-                "found in the encoder is not known for them; run the encoder again with the adapter at work, or "
-                "attach READ with joiner='none'"
-            )
-        assert self._h is not None
+        """The values of the cross-attention to these outputs of the encoder, formed once for all blocks.
+
+        Raises:
+            ConfigError: the encoder did not just compute them.
+        """
+        h = self.of(states)
         weight: Any = self.side.joiner_weight
-        state = (weight._version, self.grad)
+        state = (id(h), weight._version, self.grad)
         if self._values is None or self._values[0] != state:
             with torch.set_grad_enabled(self.grad):
-                self._values = (state, self.side.values(self._h))
+                self._values = (state, self.side.values(h))
         return self._values[1]
-
-    def _gave(self, states: Tensor) -> bool:
-        """Whether these are the encoder's outputs, or those with each sequence repeated, as beam search does."""
-        if states is self._states:
-            return True
-        if self._states is None or self._h is None:
-            return False
-        mine, times = self._states.detach(), states.shape[0] // self._states.shape[0]
-        if states.shape != (mine.shape[0] * times, *mine.shape[1:]) or states.dtype != mine.dtype:
-            return False
-        if not torch.equal(mine.to(states.device).repeat_interleave(times, dim=0), states):
-            return False
-        # The decoder asks again for each block, and for each token of a generated text.
-        self._states, self._h, self._values = states, self._h.repeat_interleave(times, dim=0), None
-        return True
 
     def take(self, block: int, joined: Tensor) -> None:
         """Keep what a block's cross-attention made of the values until the block has run."""

@@ -38,7 +38,7 @@ def sublayer_outputs(model: nn.Module, *, attention: bool, exclude: Sequence[str
     blocks = _blocks(model)
     found: list[str] = []
     for block, linears in blocks.items():
-        ends = [name for name in linears if _is_output(name)]
+        ends = [name for name in linears if is_output(name)]
         inner = [name for name in ends if _says(name, _ATTENTION)]
         wanted = {"feed-forward": [name for name in ends if name not in inner]}
         if attention:
@@ -74,11 +74,17 @@ def _blocks(model: nn.Module) -> dict[str, list[str]]:
     return {block: [name for name in names if name] for block, names in blocks.items()}
 
 
-def _is_output(name: str) -> bool:
+def is_output(name: str) -> bool:
+    """Whether a linear layer's name within its block is that of an output projection."""
     owner, _, leaf = name.lower().rpartition(".")
     if leaf == "dense" and not _says(owner.rpartition(".")[2], _ATTENTION):
         return owner.rpartition(".")[2] == "output"
     return leaf in OUTPUT_NAMES
+
+
+def says_attention(name: str) -> bool:
+    """Whether a name within a block is of, or in, an attention."""
+    return _says(name, _ATTENTION)
 
 
 def _says(name: str, words: Sequence[str]) -> bool:

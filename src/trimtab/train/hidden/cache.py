@@ -80,8 +80,8 @@ class HiddenCache:
             raise ConfigError(f"storage={storage!r} of hidden states is not known; use one of {', '.join(STORAGES)}")
         if not isinstance(adapter, Reads):
             raise ConfigError(
-                f"method {adapter.config.name}: hidden states can be kept for a method whose network stands beside a "
-                "frozen backbone; this one works inside the model, so that what the blocks compute changes with it"
+                f"method {adapter.config.name}: hidden states can be kept for a method that reads those of a frozen "
+                "backbone and nothing else; this one works inside the model, or reads more"
             )
         self.adapter, self.folder, self.storage = adapter, Path(folder), storage
         self._reading: Reading = adapter.reading()

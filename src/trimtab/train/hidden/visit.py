@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trimtab.errors import ConfigError, NonFiniteError
-from trimtab.nn.crossing import WAY_OUT, Call
+from trimtab.nn.crossing import WAY_OUT, Call, untraced
 from trimtab.nn.replay import Reading, called_with, stand_ins
 from trimtab.train.hidden.codes import Plane, Storage, pack, unpack
 from trimtab.train.hidden.examples import Examples
@@ -95,9 +95,11 @@ class Recorder:
             for block in self._reading.hooks[-1].stack.blocks:
                 on.callback(block.register_forward_pre_hook(self._note_call, with_kwargs=True).remove)
 
+    @untraced
     def _note_call(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call = called_with(block, args, kwargs)
 
+    @untraced
     @torch.no_grad()
     def _hear(self, number: int, call: int, phi: Tensor) -> Tensor:
         heard = self._through(index_of(self._planes, "hidden states", number), call, phi)
@@ -106,6 +108,7 @@ class Recorder:
             self._end()
         return heard
 
+    @untraced
     @torch.no_grad()
     def _cross(self, j: int, states: Tensor, call: Call) -> Call:
         """The call of block j's cross-attention with queries and keys in their stored form."""
