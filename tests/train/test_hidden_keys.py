@@ -103,13 +103,21 @@ def test_a_pairs_labels_make_its_decoders_inputs() -> None:
     gap = short | {"labels": short["labels"].clone()}
     gap["labels"][:, 1] = -100
     assert examples_of(gap, pair).tokens[1].counts(gap["labels"]) == [3, 4]
+
+
+def test_where_a_decoders_inputs_are_given_labels_tell_its_padding_alone() -> None:
+    pair = ("encoder", "decoder")
+    rows = examples("t5")
+    short, padded = collate(rows[:2]), collate(rows[:2], more=3)
     given = short | {"decoder_input_ids": short["labels"].clamp(min=0)}
     more = padded | {"decoder_input_ids": padded["labels"].clamp(min=0)}
-    assert keys(given, *pair) == keys(more, *pair)
+    other = given | {"labels": torch.where(given["labels"] < 0, -100, 9)}
+    assert keys(given, *pair) == keys(more, *pair) == keys(other, *pair)
     assert not set(keys(given, *pair)) & set(keys(short, *pair))
-    masked = {k: v for k, v in given.items() if k != "labels"} | {
-        "decoder_attention_mask": ids([1, 1, 0, 0], [1, 0, 0, 0])
-    }
+    examples_of(given, pair).check_call({k: v for k, v in given.items() if k != "labels"}, pair=True)
+    plain = {k: v for k, v in given.items() if k != "labels"}
+    assert examples_of(plain, pair).tokens[1].mask is None
+    masked = plain | {"decoder_attention_mask": ids([1, 1, 0, 0], [1, 0, 0, 0])}
     assert examples_of(masked, pair).tokens[1].counts(masked["decoder_input_ids"]) == [2, 1]
 
 

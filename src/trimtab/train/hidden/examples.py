@@ -146,7 +146,9 @@ def examples_of(batch: Mapping[str, Any], sides: Sequence[Side]) -> Examples:
     if not names:
         raise ConfigError(f"cache.batch(batch): no tensor with a row for each example among {sorted(batch)}")
     values = {name: v.detach().cpu() if isinstance(v, Tensor) else v for name, v in given.items()}
-    masks = {"only": _mask(values)} if not pair else {"encoder": _mask(values), "decoder": _decoder_mask(values)}
+    masks = {"encoder" if pair else "only": _mask(values)}
+    if pair:
+        masks["decoder"] = _decoder_mask(values, batch.get("labels"))
     rows = len(values[names[0]])
     fixed = hashlib.sha256()
     for name, value in sorted(values.items()):
@@ -172,7 +174,8 @@ def examples_of(batch: Mapping[str, Any], sides: Sequence[Side]) -> Examples:
 def _telling(call: Mapping[str, Any], *, pair: bool) -> dict[str, Any]:
     """What of a call tells its hidden states; labels do where the decoder's inputs are made from them."""
     told = {name: v for name, v in call.items() if v is not None and name not in _FLAGS}
-    told = told if pair else {name: v for name, v in told.items() if name not in _LABELS}
+    if not pair or any(name in told for name in _DECODER[:2]):
+        told = {name: v for name, v in told.items() if name not in _LABELS}
     for name, value in told.items():
         if not isinstance(value, Tensor | bool | int | float | str):
             raise ConfigError(
@@ -201,12 +204,12 @@ def _mask(values: Mapping[str, Any]) -> Tensor | None:
     return mask != 0
 
 
-def _decoder_mask(values: Mapping[str, Any]) -> Tensor | None:
+def _decoder_mask(values: Mapping[str, Any], labels: Any) -> Tensor | None:
     """Which positions of a decoder hold tokens: told by its mask, else those up to a row's last label.
 
     A decoder is causal, so that what follows the last label changes nothing before it.
     """
-    mask, labels = values.get("decoder_attention_mask"), values.get("labels")
+    mask = values.get("decoder_attention_mask")
     tokens = next((values[name] for name in _DECODER[:2] if name in values), labels)
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
         return None
@@ -214,7 +217,7 @@ def _decoder_mask(values: Mapping[str, Any]) -> Tensor | None:
         return mask != 0 if mask.shape == tokens.shape[:2] else None
     if not isinstance(labels, Tensor) or labels.shape != tokens.shape[:2]:
         return None
-    told = labels != _IGNORED_LABEL
+    told = labels.cpu() != _IGNORED_LABEL
     return told.flip(1).cumsum(1).flip(1) > 0
 
 
