@@ -285,3 +285,26 @@ def test_generation_beside_it(tmp_path: Path) -> None:
     for _ in range(2):
         visit(model, adapter, cache, batch)
     assert torch.equal(model.generate(token_ids(), **settings), before)
+
+
+def test_in_transformers_trainer(tmp_path: Path) -> None:
+    """As docs/hidden-cache.md has it: the blocks run in the first of three epochs alone."""
+    pytest.importorskip("accelerate")
+    import transformers
+
+    model, adapter = with_read("llama")
+    cache = open_cache(adapter, tmp_path / "cache")
+
+    class Trainer(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            with quiet(), cache.batch(inputs):
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+    settings = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=3, num_train_epochs=3, use_cpu=True, report_to=[], save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, settings, train_dataset=examples("llama"), data_collator=collate)
+    with counting([model.model.layers[0].mlp]) as calls:
+        trainer.train()
+    assert len(calls) == 2 and len(cache) == 6
