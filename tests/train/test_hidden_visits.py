@@ -301,8 +301,8 @@ def test_in_transformers_trainer(tmp_path: Path) -> None:
                 return super().compute_loss(model, inputs, *args, **kwargs)
 
     settings = transformers.TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=3, num_train_epochs=3, use_cpu=True, report_to=[], save_strategy="no",
-        disable_tqdm=True,
+        str(tmp_path), per_device_train_batch_size=3, num_train_epochs=3, use_cpu=True, report_to=[], disable_tqdm=True,
+        save_strategy="no",
     )  # fmt: skip
     trainer = Trainer(model, settings, train_dataset=examples("llama"), data_collator=collate)
     with counting([model.model.layers[0].mlp]) as calls:
