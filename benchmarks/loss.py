@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         [
             name,
             f"{timings.median(name) * 1e3:.0f}",
-            f"{timings.ratio(name, plain):.2f}",
+            timings.shown(name, plain),
             f"{peaks[name] / 2**20:.0f}",
             f"{peaks[name] / peaks[plain]:.3f}",
             f"{abs(values[name] / exact - 1.0):.1e}",

@@ -6,9 +6,10 @@
 
 Three tables, bf16 on the CPU:
 
-* saved: bytes that autograd keeps for the backward, a token, of a q/k/v group (three 1024 x 1024 linears on one
-  input) and of a whole LLaMA block of width 1024 (intermediate 2736; attention and norms included, no
-  checkpointing), with the adapter on every linear.
+* saved: bytes that autograd keeps for the backward, a token of 2,048, of a q/k/v group (three 1024 x 1024 linears on
+  one input; "GQA": k and v 256 wide) and of a whole LLaMA block of width 1024 (intermediate 2736; attention and norms
+  included, no checkpointing), with the adapter on every linear; and FLOPs of the group, forward and backward. Bytes are
+  those that a forward adds: what is there anyway (parameters, buffers, VeRA's frozen pair) counts on neither side.
 * step: one training step of the LLaMA-130M shape, batch 8 x 256, AdamW (fused), every row from the same bf16 model.
   Trimtab's rows compute the loss in chunks (`Objective`); peft's rows the model's own; "our loss" gives peft the
   chunked loss, to tell what is the loss's and what the layers'.
@@ -16,8 +17,8 @@ Three tables, bf16 on the CPU:
   256 tokens, against peft on bitsandbytes' Linear4bit.
 
 peft runs with the defaults of its configs and of `get_peft_model`, which hold adapters in fp32, as ours are. Times
-come from one process, interleaved (medians, and medians of the ratios within a round); peak live bytes and FLOPs
-from a process for each row.
+come from one process, interleaved: s/step is a median, a ratio the median of the ratios within a round, with the least
+and the largest in brackets. Peak live bytes and FLOPs come from a process for each row.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from trimtab.train.objective import Objective
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RATE = 1e-4
+TOKENS = 2048  # of what is counted
 STEPS = 1000  # of the run that AdaLoRA plans for
 
 #: Each method's rows, with the settings that both sides get.
@@ -107,37 +109,60 @@ def theirs(row: str, targets: tuple[str, ...], rank: int) -> Any:
 
 
 class Group(nn.Module):
-    """Query, key and value projections that read one input."""
+    """Query, key and value projections that read one input; keys and values are `narrow` wide."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, narrow: int) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, w, bias=False) for w in (width, narrow, narrow))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
-def group_bytes(row: str | None, peft_row: bool, width: int, rank: int, tokens: int = 256) -> float:
-    """Bytes a token that a q/k/v group keeps; `row` None is the frozen base alone."""
+def group_of(row: str | None, peft_row: bool, width: int, rank: int, tokens: int, narrow: int) -> tuple[Any, Any]:
+    """A q/k/v group with the row's adapter, and an input."""
     torch.manual_seed(0)
-    group: nn.Module = Group(width).to(torch.bfloat16).requires_grad_(False)
+    group: nn.Module = Group(width, narrow or width).to(torch.bfloat16).requires_grad_(False)
     group = attached(group, row, peft_row, TARGETS[:3], rank)
-    x = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
-    return saved_bytes(lambda: group(x)) / tokens
+    return group, torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
 
 
-def block_bytes(row: str | None, peft_row: bool, width: int, rank: int, tokens: int = 256) -> float:
+def group_bytes(
+    row: str | None, peft_row: bool, width: int, rank: int, *, tokens: int = TOKENS, shared: int = 1
+) -> float:
+    """Bytes a token that a q/k/v group keeps; `row` None is the frozen base alone, `shared` heads have one key."""
+    group, x = group_of(row, peft_row, width, rank, tokens, width // shared)
+    return saved_bytes(lambda: group(x), exclude=there_anyway(group)) / tokens
+
+
+def group_flops(row: str | None, peft_row: bool, width: int, rank: int, *, tokens: int = TOKENS) -> int:
+    """FLOPs of a q/k/v group, forward and backward."""
+    group, x = group_of(row, peft_row, width, rank, tokens, width)
+    return count_flops(lambda: torch.cat(group(x)).sum().backward())
+
+
+def block_bytes(
+    row: str | None, peft_row: bool, width: int, rank: int, *, tokens: int = TOKENS, shared: int = 1
+) -> float:
     """Bytes a token that a LLaMA block keeps."""
+    heads = width // 64
     shape = Shape(
-        hidden=width, intermediate=width * 171 // 64, layers=1, heads=width // 64, words=64, sequences=1, length=tokens
+        hidden=width, intermediate=width * 171 // 64, layers=1, heads=heads, words=64, sequences=1, length=tokens
     )
-    model = random_llama(shape).requires_grad_(False)
+    model = random_llama(shape, groups=heads // shared).requires_grad_(False)
     attached(model, row, peft_row, TARGETS, rank)
     block, x = model.model.layers[0], torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
     positions = torch.arange(tokens)[None]
     rotary = model.model.rotary_emb(x, positions)
     model.train()
-    return saved_bytes(lambda: block(x, position_embeddings=rotary, position_ids=positions)) / tokens
+    run = lambda: block(x, position_embeddings=rotary, position_ids=positions)  # noqa: E731
+    return saved_bytes(run, exclude=there_anyway(model)) / tokens
+
+
+def there_anyway(model: nn.Module) -> list[torch.Tensor]:
+    """Frozen tensors that a forward may save and that exist without it: peft's VeRA has buffers, ours plain tensors."""
+    pair = [getattr(module, name, None) for module in model.modules() for name in ("vera_A", "vera_B")]
+    return [*model.buffers(), *(tensor for tensor in pair if isinstance(tensor, torch.Tensor))]
 
 
 def attached(model: Any, row: str | None, peft_row: bool, targets: tuple[str, ...], rank: int) -> Any:
@@ -153,20 +178,23 @@ def attached(model: Any, row: str | None, peft_row: bool, targets: tuple[str, ..
 
 
 def saved_table(quick: bool) -> str:
-    width, rank = (128, 32) if quick else (1024, 256)
-    lines = [["frozen base alone", f"{group_bytes(None, False, width, rank):,.0f}", "-", "-"]]
-    lines[0] += [f"{block_bytes(None, False, width, rank):,.0f}", "-", "-"]
-    for row in LAYERED:
-        cells = [row]
+    width, rank, tokens = (128, 32, 64) if quick else (1024, 256, TOKENS)
+    base = [f"{measure(None, False, width, rank, tokens=tokens):,.0f}" for measure in (group_bytes, block_bytes)]
+    lines = [["frozen base alone", base[0], "-", "-", base[1], "-", "-", "-", "-"]]
+    for row, shared in [*((row, 1) for row in LAYERED), (PAIRS[3], 2 if quick else 4)]:
+        cells = [row if shared == 1 else f"{row}, GQA"]
         for measure in (group_bytes, block_bytes):
             if measure is group_bytes and row == "(IA)3":
                 cells += ["-", "-", "-"]  # one of its targets must be the feed-forward
                 continue
-            mine, other = measure(row, False, width, rank), measure(row, True, width, rank)
+            sides = (measure(row, side, width, rank, tokens=tokens, shared=shared) for side in (False, True))
+            mine, other = sides
             cells += [f"{mine:,.0f}", f"{other:,.0f}", f"{mine / other:.3f}"]
-        lines.append(cells)
+        counted = row != "(IA)3" and shared == 1
+        flops = [group_flops(row, side, width, rank, tokens=tokens) for side in (False, True)] if counted else []
+        lines.append([*cells, *([f"{count / 1e9:.1f}" for count in flops] or ["-", "-"])])
     header = ["saved bytes a token", "q/k/v: trimtab", "peft", "ratio", "block: trimtab", "peft", "ratio"]
-    return markdown_table(header, lines)
+    return markdown_table([*header, "q/k/v GFLOP: trimtab", "peft"], lines)
 
 
 # -- a training step ---------------------------------------------------------------------------------
@@ -296,7 +324,7 @@ def step_table(names: list[tuple[str, str | None]], shape: Shape, rank: int, opt
             [
                 name,
                 f"{times.median(name):.3f}",
-                "-" if other is None else f"{times.ratio(name, other):.2f}",
+                "-" if other is None else times.shown(name, other),
                 f"{cost.peak_live / 2**20:.0f}",
                 peak,
                 f"{cost.flops / 1e12:.3f}",

@@ -15,7 +15,8 @@ Hidden 768, 12 layers, 12 heads, intermediate 2048, V = 32,000; batch 8 x 256 ra
 * "trimtab ...": what trains is held in fp32; the loss is the chunked one. LoRA freezes the rest, as
   peft does; ReLoRA trains embeddings, norms and head, too.
 
-Times come from one process, interleaved (A B C A B C; medians, and medians of the ratios within a round).
+Times come from one process, interleaved (A B C A B C): s/step is a median, a ratio the median of the ratios within a
+round, with the least and the largest in brackets.
 Peak live bytes, FLOPs and peak resident memory come from a process for each row. Peak live bytes are all
 tensors of the row: weights, gradients, optimizer state, activations. Resident memory holds the interpreter
 and its libraries as well.
@@ -158,7 +159,7 @@ def measure_times(names: list[str], shape: Shape, rounds: int, clock: Callable[[
 
 def cost_table(costs: dict[str, Costs], times: Timings) -> str:
     def ratio(name: str, other: str | None) -> str:
-        return f"{times.ratio(name, other):.2f}" if other in costs else "-"
+        return times.shown(name, other) if other in costs else "-"
 
     lines = [
         [
@@ -197,19 +198,26 @@ KINDS = {
 
 
 def profile_table(names: list[str], shape: Shape) -> str:
-    """Seconds of each row's own time, by kind of operator."""
+    """Seconds of one more step under the profiler, by kind of operator: each one's own time on the CPU.
+
+    A rough split: the profiler slows a step, and does not see work that runs under no operator of torch's (the
+    interpreter, autograd's engine); "unaccounted" is what the step took beyond the sum.
+    """
     lines = []
     kind_of = {operator: kind for kind, operators in KINDS.items() for operator in operators}
     for name in names:
         row = Row(name, shape)
         row.step()
+        begin = time.perf_counter()
         with torch.profiler.profile() as recorded:
             row.step()
+            whole = time.perf_counter() - begin
         spent = dict.fromkeys((*KINDS, "other"), 0.0)
         for event in recorded.key_averages():
             spent[kind_of.get(event.key, "other")] += event.self_cpu_time_total / 1e6
-        lines.append([name, *(f"{seconds:.2f}" for seconds in spent.values())])
-    return markdown_table(["row, seconds in one step", *KINDS, "other"], lines)
+        left = whole - sum(spent.values())
+        lines.append([name, *(f"{seconds:.2f}" for seconds in (*spent.values(), left, whole))])
+    return markdown_table(["row, seconds in one profiled step", *KINDS, "other", "unaccounted", "whole step"], lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

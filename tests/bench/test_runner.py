@@ -40,6 +40,9 @@ def test_programs_run_interleaved_and_the_warm_up_does_not_count() -> None:
     assert timings.median("a") == 2.0
     assert timings.ratio("a", "b") == 0.5  # median of 1/2, 1/4, 3/4
     assert timings.ratios() == {("a", "b"): 0.5, ("b", "a"): 2.0}
+    assert timings.spread("a", "b") == (0.25, 0.75)
+    assert timings.shown("a", "b") == "0.50 (0.25-0.75)"
+    assert type(timings)({"a": (1.0,), "b": (2.0,)}).shown("a", "b") == "0.50"
 
 
 @pytest.mark.parametrize(("programs", "rounds", "warmup"), [({}, 1, 0), ({"a": int}, 0, 0), ({"a": int}, 1, -1)])

@@ -221,6 +221,21 @@ def test_a_failing_block_leaves_gradients_on() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_a_block_compiled_with_its_hooks_computes_the_same() -> None:
+    """The hooks stay out of the graph; asked for one graph, the compiler refuses and leaves gradients on."""
+    model, _ = trained_llama()
+    whole = logits(model, token_ids())
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    torch.testing.assert_close(logits(model, token_ids()), whole)
+    torch._dynamo.reset()
+    for block in model.model.layers:
+        block.compile(backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model(input_ids=token_ids())
+    assert torch.is_grad_enabled()
+
+
 def test_encoder_outputs_of_another_input_are_refused() -> None:
     model = tiny_t5()
     trimtab.attach(model, READ(size=8, init="drawn"))

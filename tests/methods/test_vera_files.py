@@ -179,7 +179,7 @@ def changes() -> dict[str, tuple[Callable[..., Any], str]]:
         "a lone matrix": (lambda c, t, e: t.update({"base_model.vera_A": torch.zeros(8, 48)}), "not whole"),
         "promised matrices": (lambda c, t, e: c.update(save_projection=True), "lacks vera_A and vera_B"),
         "a new field": (lambda c, t, e: c.update(vera_magic=1), "vera_magic = 1"),
-        "layers by index": (lambda c, t, e: c.update(layers_to_transform=[0]), "layers_to_transform"),
+        "layers by index": (lambda c, t, e: c.update(layers_to_transform=["a"]), "layers_to_transform"),
         "biases": (lambda c, t, e: c.update(bias="all"), "bias = 'all'"),
         "no targets": (lambda c, t, e: c.update(target_modules=None), "target_modules"),
         "a rank of nothing": (lambda c, t, e: c.update(r=0), "rank = 0"),

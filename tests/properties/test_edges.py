@@ -236,3 +236,39 @@ def test_a_peft_model_is_refused() -> None:
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(trimtab.ConfigError, match="Restarts"):
         trimtab.attach(model, trimtab.LoRA(rank=4))
+
+
+@pytest.mark.parametrize(
+    ("made", "cast"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32)],
+)
+@pytest.mark.parametrize("config", ["lora", "also", "vera", "nf4"])
+def test_a_merge_keeps_a_cast_of_after_attach(config: str, made: torch.dtype, cast: torch.dtype) -> None:
+    """A model that was cast while it had an adapter is of the new dtype after merge, all of it, and after unmerge."""
+    model = tiny_llama().to(made)
+    if config == "nf4":
+        trimtab.quantize(model)
+    method = {"also": trimtab.LoRA(rank=4, train_also=("norms", "head")), "vera": trimtab.VeRA(rank=8)}
+    adapter = trained(model, method.get(config, trimtab.LoRA(rank=4)), keep_base="host")
+    model.to(cast)
+    model.model.rotary_emb.float()
+    out = logits(model, token_ids())
+    adapter.merge()
+    assert {p.dtype for p in model.parameters()} == {cast}
+    merged = logits(model, token_ids())
+    torch.testing.assert_close(
+        merged.float(), out.float(), atol=0.1 if torch.bfloat16 in (made, cast) else 0.02, rtol=0.1
+    )
+    adapter.unmerge()
+    torch.testing.assert_close(logits(model, token_ids()).float(), out.float(), atol=2e-2, rtol=2e-2)
+    adapter.merge()
+    assert torch.equal(logits(model, token_ids()), merged)
+
+
+def test_a_merge_ends_in_the_compute_dtype_without_a_cast() -> None:
+    """What trained in fp32 beside a bf16 base is rounded to bf16, wherever the model went meanwhile."""
+    model = tiny_llama()
+    adapter = trained(model, ALSO, dtype=torch.bfloat16)
+    model.to("cpu")
+    adapter.merge()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -190,3 +190,65 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
         trimtab.load_adapter(other, tmp_path)
     assert same(other, before) and not trimtab.adapters(other)
     trimtab.load_adapter(tiny_llama().to(torch.bfloat16), tmp_path)
+
+
+#: Methods that update matrices, with what a model of several adapters may hold.
+UPDATING = {name: config for name, config in (PURE | KEEPING).items() if name != "lora-pissa-dora"}
+
+
+def weights_of(adapter: trimtab.Adapter) -> dict[str, torch.Tensor]:
+    return dict(adapter.effective_weights())
+
+
+@pytest.mark.parametrize("config", UPDATING)
+def test_what_a_merge_would_give_does_not_ask_who_is_at_work(config: str) -> None:
+    """Effective and merged weights are the adapter's own: beside another one, with none at work, and disabled."""
+    model, plain = tiny_llama(), tiny_llama()
+    keep = {"keep_base": "host"} if config in KEEPING else {}
+    one = trained(model, UPDATING[config], name="one", **keep)
+    wanted = weights_of(one)
+    name = next(key for key, value in wanted.items() if not torch.equal(value, plain.get_parameter(key)))
+    base = plain.get_parameter(name).detach()
+    merged = one.merged_tensor(name, base)
+    assert not torch.equal(merged, base)
+    others = [None] if config in KEEPING else ["two", None]
+    if "two" in others:
+        two = trained(model, trimtab.LoRA(rank=3), name="two")
+        mixed = list(zip(one.effective_weights(), two.effective_weights(), strict=True))
+        assert all(torch.equal(mine[1], wanted[mine[0]]) for mine, _ in mixed)
+        assert all(torch.equal(theirs[1], weights_of(two)[theirs[0]]) for _, theirs in mixed[:2])
+        assert all(not torch.equal(mine[1], theirs[1]) for mine, theirs in mixed)
+    for other in others:
+        trimtab.activate(model, other)
+        out = logits(model, token_ids())
+        assert all(torch.equal(value, wanted[key]) for key, value in weights_of(one).items())
+        assert torch.equal(one.merged_tensor(name, base), merged)
+        assert list(trimtab.adapters(model)) == (["one", "two"] if "two" in others else ["one"])
+        assert torch.equal(logits(model, token_ids()), out)
+
+
+def test_full_training_has_its_own_weights_while_it_is_off() -> None:
+    """Under disabled() the base is shown, and the trained matrices are still what the adapter tells of."""
+    model = tiny_llama()
+    adapter = trained(model, trimtab.Full(), keep_base="host")
+    wanted, name = weights_of(adapter), "model.norm.weight"
+    norm = adapter.merged_tensor(name, torch.ones(32))
+    with adapter.disabled():
+        assert all(torch.equal(value, wanted[key]) for key, value in weights_of(adapter).items())
+        assert torch.equal(adapter.merged_tensor(name, torch.ones(32)), norm)
+        assert not torch.equal(model.get_parameter(name), norm)
+
+
+def test_only_the_adapter_at_work_adds_to_the_loss() -> None:
+    """AdaLoRA's term is none while another adapter, or none, is at work."""
+    model = tiny_llama()
+    one = trimtab.attach(model, trimtab.AdaLoRA(rank=2, init_rank=4, total_steps=9), name="one")
+    term = one.extra_loss()
+    assert term is not None
+    trimtab.attach(model, trimtab.LoRA(rank=2), name="two")
+    assert one.extra_loss() is None
+    trimtab.activate(model, None)
+    assert one.extra_loss() is None
+    trimtab.activate(model, "one")
+    again = one.extra_loss()
+    assert again is not None and torch.equal(again, term)

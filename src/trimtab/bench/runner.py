@@ -33,6 +33,17 @@ class Timings:
         pairs = zip(self.seconds[name], self.seconds[other], strict=True)
         return median(mine / theirs for mine, theirs in pairs)
 
+    def spread(self, name: str, other: str) -> tuple[float, float]:
+        """The least and the largest of the ratios whose median is `ratio`."""
+        ratios = [mine / theirs for mine, theirs in zip(self.seconds[name], self.seconds[other], strict=True)]
+        return min(ratios), max(ratios)
+
+    def shown(self, name: str, other: str) -> str:
+        """The ratio as tables print it: its median, and its least and largest value where there are several."""
+        low, high = self.spread(name, other)
+        several = len(self.seconds[name]) > 1
+        return f"{self.ratio(name, other):.2f}" + (f" ({low:.2f}-{high:.2f})" if several else "")
+
     def ratios(self) -> dict[tuple[str, str], float]:
         """Every pair of different programs."""
         return {(a, b): self.ratio(a, b) for a in self.seconds for b in self.seconds if a != b}

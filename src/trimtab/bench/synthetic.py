@@ -41,8 +41,14 @@ class Batch:
     position_ids: torch.Tensor | None = None
 
 
-def random_llama(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A LLaMA with seeded random weights, made in `dtype`: no fp32 copy in anyone's resident memory."""
+def random_llama(shape: Shape, dtype: torch.dtype = torch.bfloat16, *, groups: int | None = None) -> Any:
+    """A LLaMA with seeded random weights, made in `dtype`: no fp32 copy in anyone's resident memory.
+
+    Args:
+        shape: of the model.
+        dtype: of its weights.
+        groups: heads of the keys and values; None has as many as of the queries.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.words,
@@ -50,6 +56,7 @@ def random_llama(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Any:
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
+        num_key_value_heads=groups,
         max_position_embeddings=2 * shape.length,  # room for a prompt
         tie_word_embeddings=False,
         attn_implementation="sdpa",

@@ -22,6 +22,7 @@ from torch.nn.utils import get_total_norm
 
 from trimtab.errors import CheckpointError, ConfigError, TrimtabError
 from trimtab.methods.base import Adapter, AdapterState, StepReport
+from trimtab.methods.dropout import Dropout
 from trimtab.methods.folder import SavedAdapter, reading_config, saved_layers
 from trimtab.methods.frozen import FrozenBaseAdapter, Targeted
 from trimtab.nn.adalora import AVERAGES, AdaLoRAMixin, Importance, orthogonality
@@ -34,9 +35,9 @@ INIT_STD = 0.02
 
 #: Fields of PEFT's config that are read here, or that change nothing in what is computed.
 PEFT_FIELDS = {
-    "beta1", "beta2", "deltaT", "exclude_modules", "fan_in_fan_out", "init_lora_weights", "init_r", "lora_alpha",
-    "lora_dropout", "megatron_core", "modules_to_save", "orth_reg_weight", "qalora_group_size", "r", "rank_pattern",
-    "target_modules", "target_r", "tfinal", "tinit", "total_step",
+    "beta1", "beta2", "deltaT", "exclude_modules", "fan_in_fan_out", "init_lora_weights", "init_r", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "orth_reg_weight",
+    "qalora_group_size", "r", "rank_pattern", "target_modules", "target_r", "tfinal", "tinit", "total_step",
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ class AdaLoRA(Targeted):
     rank: Annotated[int, Field(ge=1)] = 8
     init_rank: Annotated[int, Field(ge=1)] = 12
     alpha: Annotated[float, Field(gt=0.0)] = 16.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Dropout = 0.0
     total_steps: Annotated[int, Field(ge=1)] | None = None
     initial_steps: Annotated[int, Field(ge=0)] | None = None
     final_steps: Annotated[int, Field(ge=0)] | None = None
@@ -209,7 +210,7 @@ class AdaLoRAAdapter(FrozenBaseAdapter):
         return ()
 
     def extra_loss(self) -> Tensor | None:
-        if not self.config.orthogonality:
+        if not self.config.orthogonality or self.record.active != self.attached_name:
             return None
         parts = self._parts.values()
         rows = [part["lora_A"] for part in parts] + [part["lora_B"].t() for part in parts]

@@ -13,6 +13,7 @@ from torch import nn
 
 from trimtab.errors import ConfigError
 from trimtab.methods.keep import Kept
+from trimtab.nn.present import refuse_split
 from trimtab.nn.residence import Residence
 
 if TYPE_CHECKING:
@@ -89,6 +90,10 @@ def place(
         raise ConfigError(f"name={name!r}: an adapter's name is a text that is not empty")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype={dtype!r}: nothing can compute in it; give torch.bfloat16, float16 or float32")
+    try:
+        refuse_split(model)
+    except ConfigError as error:
+        raise ConfigError(f"attach: {error}") from None
     record = record_of(model)
     if record is None:
         record = Attached(Residence(model, dtype, pure, None if keep_base is None else Kept(keep_base)))
@@ -107,6 +112,7 @@ def place(
     model.__dict__[_ATTRIBUTE] = record
     record.adapters[name] = adapter
     record.active = name
+    adapter._watch.remember(adapter.trainable())
     return adapter
 
 

@@ -24,10 +24,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError, ConfigError
+from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError
 from trimtab.methods.attached import Attached, place, record_of
 from trimtab.methods.folder import SavedAdapter, write_adapter_folder
 from trimtab.methods.oneline import OneLine
+from trimtab.methods.watch import Watch
 from trimtab.nn.residence import Residence
 from trimtab.settings import Settings
 
@@ -176,7 +177,7 @@ class Adapter(abc.ABC):
         self.config = config
         self._last_step = 0
         self._closed = ""
-        self._optimizer_seen = False
+        self._watch = Watch()
 
     @property
     def writes_base(self) -> str:
@@ -204,15 +205,25 @@ class Adapter(abc.ABC):
 
         A group may be empty. Each has the keys `params`, `lr`, `weight_decay`, `group` (its name) and
         `names` (the parameters' names, in the order of `params`); optimizers carry the last two along.
+
+        Raises:
+            ConfigError: the model is not as the adapter left it, see `after_step`.
         """
+        self._check_model("parameter_groups()")
         groups: list[dict[str, Any]] = [
             {"params": [], "names": [], "group": group, "lr": lr, "weight_decay": weight_decay} for group in GROUPS
         ]
         by_name = {group["group"]: group for group in groups}
-        for entry in self.trainable():
+        entries = self.trainable()
+        self._watch.remember(entries)
+        for entry in entries:
             by_name[entry.group]["params"].append(entry.parameter)
             by_name[entry.group]["names"].append(entry.name)
         return groups
+
+    @abc.abstractmethod
+    def _check_model(self, call: str) -> None:
+        """Raise ConfigError, with the name of the `call`, if the model lacks what trains or is split over processes."""
 
     # -- the loop's calls ----------------------------------------------------------------------
 
@@ -225,7 +236,8 @@ class Adapter(abc.ABC):
 
         Raises:
             ValueError: `step` does not follow the step of the previous call.
-            ConfigError: the optimizer has nothing of what trains.
+            ConfigError: the optimizer has nothing of what trains, or something that was replaced in the model since;
+                or the model is not as the adapter left it: split over processes, tied weights parted, modules changed.
         """
         if not isinstance(step, int):
             raise ValueError(f"after_step({step!r}): it takes the number of completed optimizer steps, an integer")
@@ -237,24 +249,10 @@ class Adapter(abc.ABC):
         self._require_open(f"after_step({step})")
         if self.record.adapters.get(self.record.active) is not self:
             raise ValueError(f"after_step({step}): this adapter is not at work; trimtab.activate() it first")
-        self._check_optimizer(step, optimizer)
+        self._watch.check(self, step, optimizer)
         report = self._after_step(step, optimizer)
         self._last_step = step
         return report
-
-    def _check_optimizer(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer that was built before the adapter came trains nothing of it: say so at the first step."""
-        if self._optimizer_seen or not (own := {id(entry.parameter) for entry in self.trainable()}):
-            return
-        groups = getattr(optimizer, "param_groups", None)
-        if groups is None:
-            raise ConfigError(f"after_step({step}): optimizer={optimizer!r} is no torch optimizer")
-        if not own & {id(parameter) for group in groups for parameter in group["params"]}:
-            raise ConfigError(
-                f"after_step({step}): the optimizer has none of the parameters that train; build it from "
-                "adapter.parameter_groups(), after attach"
-            )
-        self._optimizer_seen = True
 
     def _after_step(self, step: int, optimizer: torch.optim.Optimizer) -> StepReport:
         return StepReport()
@@ -364,6 +362,7 @@ class Adapter(abc.ABC):
             CannotSave: the adapter alone would not describe what was trained.
         """
         self._require_open("save()")
+        self._check_model("save()")
         with self.record.at_work(self.attached_name):
             write_adapter_folder(Path(path), self._saved())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,41 @@ def refuse_unknown(saved: dict[str, Any], known: Set[str]) -> None:
             )
 
 
+def endings_pattern(names: Iterable[str]) -> str:
+    """A regular expression for whole names that end with one of these."""
+    return rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in names)})"
+
+
+def saved_targets(saved: Mapping[str, Any]) -> str | tuple[str, ...]:
+    """Our `targets` of a PEFT config: its target_modules, in the layers that it numbers.
+
+    Raises:
+        CheckpointError: it names no layers, or its numbers cannot be used.
+    """
+    targets, in_full = saved.get("target_modules"), saved.get("modules_to_save") or []
+    if not targets or not isinstance(targets, str | list):
+        raise CheckpointError(f"the adapter's config names no target_modules: {targets!r}")
+    layers = saved.get("layers_to_transform")
+    if isinstance(targets, str):
+        if layers not in (None, []):
+            raise CheckpointError("the adapter's layers_to_transform goes with a list of target_modules only")
+        return targets
+    names = tuple(str(name) for name in targets if name not in in_full)
+    if layers in (None, []):
+        return names
+    try:
+        numbers = "|".join(str(int(n)) for n in (layers if isinstance(layers, list) else [layers]))
+    except (TypeError, ValueError):
+        raise CheckpointError(f"the adapter's layers_to_transform = {layers!r} is no list of numbers") from None
+    endings = "|".join(re.escape(name) for name in names)
+    patterns = saved.get("layers_pattern") or []
+    if patterns:
+        stacks = "|".join(patterns if isinstance(patterns, list) else [str(patterns)])
+        return rf"{endings}|(?:.*\.)?(?:{stacks})\.(?:{numbers})\.(?:.*\.)?(?:{endings})"
+    # PEFT takes the first number among the parts of the name, from the third part on.
+    return rf"{endings}|[^.]+\.(?:(?!\d+\.)[^.]+\.)+(?:{numbers})\.(?:.*\.)?(?:{endings})"
+
+
 def saved_layers(saved: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
     """`targets` and `exclude` of a method's config, from a PEFT config that names its layers.
 
@@ -152,12 +188,10 @@ def saved_layers(saved: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
     if saved.get("bias", "none") != "none":
         raise CheckpointError(f"the adapter's bias = {saved['bias']!r} is not supported; only 'none' is")
     refuse_unknown({key: value for key, value in saved.items() if key != "bias"}, known)
-    targets, excluded = saved.get("target_modules"), saved.get("exclude_modules") or ()
-    if not targets:
-        raise CheckpointError("the adapter's config names no target_modules")
+    targets, excluded = saved_targets(saved), saved.get("exclude_modules") or ()
     if isinstance(excluded, str):
         raise CheckpointError(f"the adapter's exclude_modules = {excluded!r} is not supported; only a list is")
-    return {"targets": targets if isinstance(targets, str) else tuple(targets), "exclude": tuple(excluded)}
+    return {"targets": targets, "exclude": tuple(excluded)}
 
 
 @contextlib.contextmanager

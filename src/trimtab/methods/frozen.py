@@ -18,7 +18,7 @@ from trimtab.methods.attached import record_of
 from trimtab.methods.folder import SAMPLE, SavedAdapter, encode_sample
 from trimtab.methods.keep import Kept
 from trimtab.methods.worn import CARRY, ROLES, FrozenBase, Role, Targeted, WornAdapter, several
-from trimtab.nn.adapted import check_bases, merge_report, undress
+from trimtab.nn.adapted import check_bases, merge_report
 from trimtab.nn.residence import fingerprint
 from trimtab.nn.weights import holder_of
 
@@ -32,6 +32,7 @@ class FrozenBaseAdapter(WornAdapter):
 
     def merge(self, *, quantized: bool = False) -> None:
         self._require_open("merge()")
+        self._check_model("merge()")
         if self.no_merge:
             raise CannotMerge(f"method {self.config.name}: {self.no_merge}")
         if not self._alone():
@@ -47,7 +48,7 @@ class FrozenBaseAdapter(WornAdapter):
         for name, layer in self.layers.items():
             if layer.base.quantized and not quantized:
                 dense, module = layer.dense(self._residence.compute_dtype(name, layer)), self._targets[name]
-                undress(module)
+                self._undress(name)
                 self._widened.append(holder_of(module).widen(module, dense))
             else:
                 layer.merge_()
@@ -103,13 +104,14 @@ class FrozenBaseAdapter(WornAdapter):
         if self.no_merge:
             raise CannotMerge(f"method {self.config.name}: {self.no_merge}")
         owner, _, leaf = name.rpartition(".")
-        layer = self.layers.get(owner)
-        if layer is not None and leaf == "weight":
-            merged: Tensor = layer.merged(value)
-            return merged
-        if name in self._residence.trained:
-            return self._residence.parameters[name].detach().to(value.dtype)
-        return value
+        with self._working():
+            layer = self.layers.get(owner)
+            if layer is not None and leaf == "weight":
+                merged: Tensor = layer.merged(value)
+                return merged
+            if name in self._residence.trained:
+                return self._residence.parameters[name].detach().to(value.dtype)
+            return value
 
     def detach(self) -> None:
         self._require_open("detach()")

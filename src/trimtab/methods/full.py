@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.errors import CannotSave, ConfigError, TargetError
 from trimtab.methods.base import Method
 from trimtab.methods.folder import SavedAdapter
 from trimtab.methods.frozen import FrozenBaseAdapter
-from trimtab.nn.adapted import plain_weights
 from trimtab.nn.inject import ALL_LINEAR, find_targets
 from trimtab.nn.residence import Residence
 
@@ -46,8 +45,8 @@ class FullAdapter(FrozenBaseAdapter):
     def _in_full(self) -> Iterable[str]:
         return list(self._residence.parameters)
 
-    def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return plain_weights(self._matrices)
+    def _updated(self) -> dict[str, nn.Module]:
+        return self._matrices
 
     def _saved(self) -> SavedAdapter:
         raise CannotSave("full training has no adapter to save: call merge() and then model.save_pretrained()")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trimtab.errors import CannotSave, CheckpointError, ConfigError
 from trimtab.methods import lora_files
 from trimtab.methods.base import Adapter, AdapterState, StepReport
+from trimtab.methods.dropout import Dropout
 from trimtab.methods.folder import SavedAdapter
 from trimtab.methods.frozen import FrozenBaseAdapter, Targeted
 from trimtab.methods.keep import Kept
@@ -65,7 +66,7 @@ class LoRA(Targeted):
     name: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0.0)] = 16.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Dropout = 0.0
     rslora: bool = False
     dora: bool = False
     init: Init = "kaiming"

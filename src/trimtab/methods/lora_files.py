@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.errors import CannotSave, CheckpointError
-from trimtab.methods.folder import SavedAdapter, refuse_unknown
+from trimtab.methods.folder import SavedAdapter, endings_pattern, refuse_unknown, saved_targets
 from trimtab.methods.lora_checks import pattern_of
 from trimtab.nn.initial import stacked
 from trimtab.nn.inject import ALL_LINEAR, name_ends
@@ -69,7 +69,7 @@ def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
             f"the adapter's init_lora_weights = {init!r} replaced the base weights by others, which the file does not "
             "hold; save it with PEFT's path_initial_model_for_weight_conversion, as a plain LoRA"
         )
-    targets, exclude = _without_excluded(_targets(saved), saved.get("exclude_modules") or [])
+    targets, exclude = _without_excluded(saved_targets(saved), saved.get("exclude_modules") or [])
     return {
         "rank": saved["r"],
         "alpha": _size("lora_alpha", saved["lora_alpha"]),
@@ -100,11 +100,6 @@ def _sizes(patterns: Any) -> Any:
     return {pattern: _size(f"alpha_pattern[{pattern!r}]", alpha) for pattern, alpha in patterns.items()}
 
 
-def _endings(names: Iterable[str]) -> str:
-    """A regular expression for whole names that end with one of these."""
-    return rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in names)})"
-
-
 def _without_excluded(targets: str | tuple[str, ...], excluded: Any) -> tuple[str | tuple[str, ...], tuple[str, ...]]:
     """Our `targets` and `exclude`: PEFT has regular expressions and idle entries there, and ours may hold neither."""
     if not excluded:
@@ -116,40 +111,14 @@ def _without_excluded(targets: str | tuple[str, ...], excluded: Any) -> tuple[st
             f"the adapter's exclude_modules = {excluded!r} is not supported; a list is, and with a list of "
             "target_modules a regular expression"
         )
-    without = excluded if isinstance(excluded, str) else _endings(map(str, excluded))
-    wanted = targets if isinstance(targets, str) else _endings(targets)
+    without = excluded if isinstance(excluded, str) else endings_pattern(map(str, excluded))
+    wanted = targets if isinstance(targets, str) else endings_pattern(targets)
     for field, part in (("exclude_modules", without), ("target_modules", wanted)):
         try:
             re.compile(f"(?:{part})")
         except re.error as error:
             raise CheckpointError(f"the adapter's {field} = {part!r} is no regular expression: {error}") from None
     return rf"(?!(?:{without})\Z)(?:{wanted})", ()
-
-
-def _targets(saved: Mapping[str, Any]) -> str | tuple[str, ...]:
-    """Our `targets` of a PEFT config."""
-    targets, in_full = saved.get("target_modules"), saved.get("modules_to_save") or []
-    if not targets or not isinstance(targets, str | list):
-        raise CheckpointError(f"the adapter's config names no target_modules: {targets!r}")
-    layers = saved.get("layers_to_transform")
-    if isinstance(targets, str):
-        if layers not in (None, []):
-            raise CheckpointError("the adapter's layers_to_transform goes with a list of target_modules only")
-        return targets
-    names = tuple(str(name) for name in targets if name not in in_full)
-    if layers in (None, []):
-        return names
-    try:
-        numbers = "|".join(str(int(n)) for n in (layers if isinstance(layers, list) else [layers]))
-    except (TypeError, ValueError):
-        raise CheckpointError(f"the adapter's layers_to_transform = {layers!r} is no list of numbers") from None
-    endings = "|".join(re.escape(name) for name in names)
-    patterns = saved.get("layers_pattern") or []
-    if patterns:
-        stacks = "|".join(patterns if isinstance(patterns, list) else [str(patterns)])
-        return rf"{endings}|(?:.*\.)?(?:{stacks})\.(?:{numbers})\.(?:.*\.)?(?:{endings})"
-    # PEFT takes the first number among the parts of the name, from the third part on.
-    return rf"{endings}|[^.]+\.(?:(?!\d+\.)[^.]+\.)+(?:{numbers})\.(?:.*\.)?(?:{endings})"
 
 
 def settings_from_tensors(saved: SavedAdapter, config: LoRA) -> dict[str, Any]:
@@ -165,7 +134,7 @@ def settings_from_tensors(saved: SavedAdapter, config: LoRA) -> dict[str, Any]:
         found[key] = {pattern: value for pattern, value in patterns.items() if pattern in used}
     targets = config.targets
     if not isinstance(targets, str) and not all(any(name_ends(n, end) for n in layers) for end in targets):
-        found["targets"] = _endings(targets)
+        found["targets"] = endings_pattern(targets)
     return found
 
 

@@ -1,6 +1,6 @@
 """What methods share whose parameters are virtual tokens: hooks on one part of the model, and PEFT's files of them.
 
-The parameters are registered on the part of the model that reads them (`host`), so that wrappers (DDP, FSDP) and
+The parameters are registered on the part of the model that reads them (`host`), so that wrappers (DDP) and
 `.to()` see them; hooks on the host and on other parts do the rest. Nothing of the base is touched.
 """
 
@@ -90,7 +90,7 @@ class SoftPromptAdapter(FrozenBaseAdapter):
         causal = any(getattr(module, "is_causal", False) is True for module in self.host.modules())
         self._virtual = VirtualTokens(config.length, limit, causal)
         self._handles: list[Any] = []
-        self._own = {name: self._parameter(value) for name, value in self._drawn().items()}
+        self._taken = {self.host_name: {name: self._parameter(value) for name, value in self._drawn().items()}}
         self._begin()
 
     # -- what a method says --------------------------------------------------------------------
@@ -126,7 +126,7 @@ class SoftPromptAdapter(FrozenBaseAdapter):
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _insert(self) -> None:
-        for name, parameter in self._own.items():
+        for name, parameter in self._taken[self.host_name].items():
             self.host.register_parameter(name, parameter)
         self._hook()
 
@@ -134,8 +134,18 @@ class SoftPromptAdapter(FrozenBaseAdapter):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._taken = self._parts
         for name in self._own:
             self.host._parameters.pop(name, None)
+
+    @property
+    def _wearers(self) -> dict[str, nn.Module]:
+        return {self.host_name: self.host}
+
+    @property
+    def _own(self) -> dict[str, nn.Parameter]:
+        """The parameters by their names on the host."""
+        return self._parts[self.host_name]
 
     def own(self) -> dict[str, nn.Parameter]:
         return {qualified(self.host_name, name): parameter for name, parameter in self._own.items()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import CannotSave, CheckpointError, ConfigError
 from trimtab.methods.base import Adapter
+from trimtab.methods.dropout import Dropout
 from trimtab.methods.folder import SavedAdapter, reading_config, saved_layers
 from trimtab.methods.frozen import FrozenBaseAdapter, Targeted
 from trimtab.nn.pairs import Letter, Pairs
@@ -32,7 +33,7 @@ PEFT_TYPES: dict[Pair, str] = {"peft": "VERA", "per_width": "TRIMTAB_VERA_PER_WI
 #: The fields of PEFT's config that are read or make no difference to a trained adapter.
 KNOWN_FIELDS = frozenset(
     {"r", "target_modules", "projection_prng_key", "save_projection", "vera_dropout", "d_initial"}
-    | {"fan_in_fan_out", "modules_to_save", "init_weights", "exclude_modules"}
+    | {"fan_in_fan_out", "modules_to_save", "init_weights", "exclude_modules", "layers_to_transform", "layers_pattern"}
 )
 
 #: PEFT's names of the pair in an adapter file.
@@ -57,7 +58,7 @@ class VeRA(Targeted):
     rank: Annotated[int, Field(ge=1)] = 256
     d_init: Annotated[float, Field(gt=0.0)] = 0.1
     pair: Pair = "per_width"
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Dropout = 0.0
 
     @property
     def update_rank(self) -> int:

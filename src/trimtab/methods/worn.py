@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,7 +18,8 @@ from trimtab.methods.base import Adapter, AdapterState, Method, Trainable, group
 from trimtab.methods.folder import base_sample
 from trimtab.methods.keep import Kept
 from trimtab.nn.adapted import Adapted, dress, plain_weights, undress
-from trimtab.nn.inject import ALL_LINEAR, find_targets, parameter_roles
+from trimtab.nn.inject import ALL_LINEAR, find_targets, parameter_roles, warn_of_rest
+from trimtab.nn.present import module_at, refuse_split
 from trimtab.nn.residence import Residence
 from trimtab.nn.weights import Dense, holder_of
 
@@ -26,6 +28,9 @@ ROLES: dict[Role, str] = {"embeddings": "embedding", "norms": "norm", "head": "h
 
 #: The prefix of a carry among the tensors of a state, before its parameter's name.
 CARRY = "carry:"
+
+#: The roles of a tensor that the model did not have when the adapter came.
+_NEW = frozenset({"base"})
 
 
 class FrozenBase(Method):
@@ -91,7 +96,10 @@ class WornAdapter(Adapter):
         self._targets: dict[str, nn.Module] = {}
         if isinstance(config, Targeted):
             self._targets = find_targets(model, config.targets, config.exclude, embeddings=self.embeddings)
-        self._parts: dict[str, dict[str, nn.Parameter]] = {}
+            if config.targets == ALL_LINEAR:
+                every = find_targets(model, ALL_LINEAR) if config.exclude else self._targets
+                warn_of_rest(model, every, f"targets='{ALL_LINEAR}'", "no adapter is on them")
+        self._taken: dict[str, dict[str, nn.Parameter]] = {}
         self._inserted = False
         self._base_sample = base_sample(model)
         self._widened: list[Callable[[], None]] = []
@@ -123,7 +131,7 @@ class WornAdapter(Adapter):
         parameters, trained = self._residence.parameters, set(self._in_full())
         self._residence.freeze(name for name in parameters if name not in trained)
         self._residence.train(name for name in parameters if name in trained)
-        self._parts = {name: self._new_parts(name, module) for name, module in self._targets.items()}
+        self._taken |= {name: self._new_parts(name, module) for name, module in self._targets.items()}
         self._insert()
         self._inserted = True
 
@@ -131,7 +139,7 @@ class WornAdapter(Adapter):
         """Put the adapter on the model."""
         for name, module in self._targets.items():
             carry = self._residence.carries.pop(f"{name}.weight", None)
-            base, own = holder_of(module, carry=carry, exact=not self._residence.pure), self._parts[name]
+            base, own = holder_of(module, carry=carry, exact=not self._residence.pure), self._taken[name]
             for parameter in own.values():  # the model may have moved while the adapter was off it
                 parameter.data = parameter.data.to(module.weight.device)  # type: ignore[arg-type]
             dress(module, self._mixin(module), parameters=own, base=base, **self._attributes(name, module))
@@ -142,7 +150,12 @@ class WornAdapter(Adapter):
             carry = layer.base.carry
             if isinstance(layer.base, Dense) and carry is not None:
                 self._residence.carries[f"{name}.weight"] = carry
-            undress(self._targets[name])
+            self._undress(name)
+
+    def _undress(self, name: str) -> None:
+        """Take the adapter off one layer, and keep the parameters that it had."""
+        taken = undress(self._targets[name])
+        self._taken[name] = {leaf: taken.get(leaf, part) for leaf, part in self._taken[name].items()}
 
     def _suspend(self) -> None:
         self._residence.check_kept()
@@ -186,12 +199,47 @@ class WornAdapter(Adapter):
 
     @property
     def layers(self) -> dict[str, Any]:
-        """The adapted layers by name, while they wear the adapter."""
-        return {name: module for name, module in self._targets.items() if isinstance(module, Adapted)}
+        """The adapted layers by name, while they wear this adapter; another one may be on them."""
+        targets = self._targets if self._inserted else {}
+        return {name: module for name, module in targets.items() if isinstance(module, Adapted)}
+
+    @property
+    def _wearers(self) -> dict[str, nn.Module]:
+        """The modules that the method's own parameters are put on, by name."""
+        return self._targets
+
+    @property
+    def _parts(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The method's own parameters by wearer and leaf: those that are there, whoever put them there."""
+        if not self._inserted:
+            return self._taken
+        found = {}
+        for name, parts in self._taken.items():
+            worn = self._wearers[name]._parameters
+            found[name] = {leaf: part if (now := worn.get(leaf)) is None else now for leaf, part in parts.items()}
+        return found
 
     def own(self) -> dict[str, nn.Parameter]:
         """The method's own parameters by qualified name."""
         return {f"{name}.{leaf}": part for name, parts in self._parts.items() for leaf, part in parts.items()}
+
+    def _check_model(self, call: str) -> None:
+        try:
+            refuse_split(self.model)
+            self._residence.check()
+            for layer in self.layers.values():
+                if layer.base.carry is not None and layer.base.carry.is_meta and not layer.weight.is_meta:
+                    layer.base.carry = None
+            for name, module in self._wearers.items() if self._inserted else ():
+                if module_at(self.model, name) is not module:
+                    raise ConfigError(
+                        f"{name} is another module than the one that the adapter is on, so it has none "
+                        "(resize_token_embeddings puts a new head in); change the model first and attach then"
+                    )
+                if gone := [leaf for leaf in self._taken[name] if module._parameters.get(leaf) is None]:
+                    raise ConfigError(f"the adapter's {name}.{gone[0]} is gone from the model; attach a new adapter")
+        except ConfigError as error:
+            raise ConfigError(f"{call}: {error}") from None
 
     def trainable(self) -> list[Trainable]:
         own = self.own()
@@ -199,7 +247,7 @@ class WornAdapter(Adapter):
         named |= {name: self._residence.parameters[name] for name in self._residence.trained}
         named |= own
         return [
-            Trainable(name, parameter, "adapter" if name in own else group_of(self._roles[name]))
+            Trainable(name, parameter, "adapter" if name in own else group_of(self._roles.get(name, _NEW)))
             for name, parameter in named.items()
             if parameter.requires_grad
         ]
@@ -220,6 +268,7 @@ class WornAdapter(Adapter):
 
     def state_dict(self) -> AdapterState:
         self._require_open("state_dict()")
+        self._check_model("state_dict()")
         with self.record.at_work(self.attached_name):
             tensors = {entry.name: entry.parameter.detach() for entry in self.trainable()}
             tensors.update({CARRY + name: carry for name, carry in self._carries().items()})
@@ -227,6 +276,7 @@ class WornAdapter(Adapter):
 
     def load_state_dict(self, state: AdapterState) -> None:
         self._require_open("load_state_dict()")
+        self._check_model("load_state_dict()")
         with self.record.at_work(self.attached_name):
             self._load(state)
 
@@ -281,11 +331,22 @@ class WornAdapter(Adapter):
                 )
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, module in self._targets.items():
-            if isinstance(module, Adapted):
-                yield f"{name}.weight", module.effective_weight()
-            else:
-                yield from plain_weights({name: module})
+        for name, module in self._updated().items():
+            with self._working():  # for each anew: between two of them the model is as its user left it
+                layer = self.layers.get(name)
+                known = (
+                    plain_weights({name: module}) if layer is None else [(f"{name}.weight", layer.effective_weight())]
+                )
+                found = list(known)
+            yield from found
+
+    def _updated(self) -> dict[str, nn.Module]:
+        """The layers whose matrices the method updates, by name."""
+        return self._targets
+
+    def _working(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the adapter is at work, unless its life is over."""
+        return contextlib.nullcontext() if self._closed else self.record.at_work(self.attached_name)
 
 
 def several(names: list[str], what: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConfigError, TargetError
 from trimtab.methods.attached import record_of
-from trimtab.nn.inject import closest, head_modules, is_linear, name_ends
+from trimtab.nn.inject import closest, head_modules, is_linear, name_ends, passed_over, warn_of_rest
 from trimtab.nn.nf4layer import NF4Linear
 from trimtab.nn.packing import dequantize_layer, new_master, pack
 from trimtab.nn.residence import disarm_fused_encoders
@@ -140,8 +140,13 @@ def choose(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     if not chosen:
         if any(_packed(module) for module in linears.values()):
             raise TargetError(f"{type(model).__name__} is quantised already; nothing is left to quantise")
+        why = "" if free else passed_over(model)
         what = f"skip = {list(skip)} leaves none of {len(free)}" if free else f"{type(model).__name__} has no"
-        raise TargetError(f"{what} linear layers that can be quantised (heads and tied weights never are)")
+        raise TargetError(f"{what} linear layers that can be quantised (heads and tied weights never are){why}")
+    packed = {name: module for name, module in linears.items() if _packed(module)}
+    warn_of_rest(
+        model, {**packed, **free}, "quantize", "what is no linear layer stays as it is, and so does its memory"
+    )
     return chosen
 
 

@@ -18,7 +18,6 @@ beyond a module's forward: masks, `generate()`, `save_pretrained()` and copies s
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConfigError
 from trimtab.nn.probabilities import Implementation, attend
+from trimtab.nn.untraced import untraced
 from trimtab.nn.weights import is_conv1d
 
 #: V' (B, Tk, width) for the states (B, Tk, d) that a cross-attention was called with, or None for no tap in this call.
@@ -66,20 +66,6 @@ _STATES = ("key_value_states", "encoder_hidden_states", "cross_attention_states"
 #: Projections to the values, and those to keys and values in one.
 _VALUE = ("v", "v_proj", "value", "value_proj", "v_lin", "linear_v", "wv")
 _FUSED = ("c_attn", "kv", "kv_proj")
-
-
-def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.disable` at the first call: it imports the compiler, which is there once a model is."""
-    made: list[Callable[..., Any]] = []
-    disable: Any = torch.compiler.disable
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not made:
-            made.append(disable(function))
-        return made[0](*args, **kwargs)
-
-    return call
 
 
 class Crossing:

@@ -11,8 +11,13 @@ Backward, with k_TO = c g and h_TR = s k B:
 
 V is never formed. Its row norms come from three skinny products, of which the first costs what r tokens cost:
     n^2 = |W|^2 + 2 s B . (W A') + s^2 (B (A A')) . B        (. multiplies entries and sums each row)
-and |W|^2 is kept, since W is frozen. Saved for the backward are x, which every layer that reads it shares, and two
-vectors of output width; x V', which dm needs, is formed again: one product more than LoRA's backward.
+and |W|^2 is kept, since W is frozen. A write into W need not show (fused optimizers, `.data` and compiled forwards
+raise no version), so each forward also sums the squares in one pass in fp32, and takes these sums for the rows in
+which they are not what they were when |W|^2 was formed. That reads W once more, with the operations of one token, and
+waits for no device.
+
+Saved for the backward are x, which every layer that reads it shares, and two vectors of output width; x V', which dm
+needs, is formed again: one product more than LoRA's backward.
 
 With dropout the branch sees drop(x), and y = x W' + b + (c - 1) (drop(x) W') + c s (drop(x) A') B', as PEFT has it:
 a second product with W in the forward, and another in the backward.
@@ -31,6 +36,9 @@ from trimtab.nn.precision import apply_rows, column_sum, compute_dtype_of, witho
 from trimtab.nn.weights import Holder
 
 Context = Any
+
+#: Sums of squares in fp32 that differ by no more than this share are of one row: the order of summing may differ.
+_SAME = 2.0**-20
 
 
 @torch.no_grad()
@@ -176,7 +184,7 @@ def dora_linear(
 
 
 def _state_of(base: Holder, weight: Tensor) -> tuple[object, ...]:
-    """What tells one value of a frozen weight from another without reading it: where it lies, and how often written.
+    """What mostly tells one value of a weight from another without reading it: where it lies, how often it was written.
 
     A swap of `.data` leaves the version alone and changes the place; a write in place does the opposite.
     """
@@ -188,7 +196,8 @@ class DoRAMixin(Adapted):
     """A linear layer whose rows are turned by a LoRA branch and stretched by a vector.
 
     Attributes:
-        squares: |W|^2 of each row, and of which state of the weight; None where it is to be computed anew.
+        squares: the state of the weight, its |W|^2 of each row in fp32, and exactly; None where they are to be
+            formed anew.
     """
 
     label = "DoRA"
@@ -199,7 +208,7 @@ class DoRAMixin(Adapted):
     lora_magnitude_vector: nn.Parameter
     scale: float
     dropout: float
-    squares: tuple[tuple[object, ...], Tensor] | None
+    squares: tuple[tuple[object, ...], Tensor, Tensor] | None
 
     def forward(self, x: Tensor) -> Tensor:
         return dora_linear(
@@ -215,19 +224,16 @@ class DoRAMixin(Adapted):
             dropout=self.dropout if self.training else 0.0,
         )
 
-    def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
-        # A compiled forward cannot ask for the weight's state, so a load says it, too.
-        self.squares = None
-        super()._load_from_state_dict(*args, **settings)  # type: ignore[misc]
-
+    @torch.no_grad()
     def known_squares(self) -> Tensor:
         """|W|^2 of each row of the weight as it is now, on its device."""
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling()  # a compiled forward cannot ask for the weight's state
         state = () if compiling else _state_of(self.base, self.weight)
-        known = self.squares
+        now, known = self.base.quick_squares(self.weight), self.squares
         if known is None or known[1].device != self.weight.device or not (compiling or known[0] == state):
-            known = self.squares = (state, row_squares(self.base, self.weight))
-        return known[1]
+            known = self.squares = (state, now, row_squares(self.base, self.weight))
+        _, then, exact = known
+        return torch.where((now - then).abs() <= then * _SAME, exact, now.to(exact.dtype))
 
     @torch.no_grad()
     def set_magnitude(self) -> None:

@@ -15,6 +15,18 @@ from torch import Tensor
 _PARTS = 2**16
 
 
+def parts_of(p: float) -> int:
+    """How many of 2^16 equal parts of all draws drop an entry.
+
+    Raises:
+        ValueError: p is so near to 0 or 1 that it would stand for dropping nothing or everything.
+    """
+    parts = round(p * _PARTS)
+    if p and not 0 < parts < _PARTS:
+        raise ValueError(f"a dropout of {p} would drop {'all' if parts else 'nothing'}: use 0, or 1.6e-05 to 0.99998")
+    return parts
+
+
 def draw_seed(dropout: float) -> Tensor | None:
     """A seed for `dropped` from torch's CPU generator; None when nothing is dropped.
 
@@ -25,7 +37,7 @@ def draw_seed(dropout: float) -> Tensor | None:
 
 def gain(p: float) -> float:
     """1 / (1 - p), for the p that `dropped` uses: the nearest multiple of 2^-16."""
-    return _PARTS / (_PARTS - round(p * _PARTS))
+    return _PARTS / (_PARTS - parts_of(p))
 
 
 def dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -40,7 +52,7 @@ def dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
 def _dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
     if x.is_meta:  # there is no generator of that device, nor anything to draw
         return torch.empty_like(x, dtype=torch.bool)
-    generator, parts = torch.Generator(device=x.device).manual_seed(int(seed)), round(p * _PARTS)
+    generator, parts = torch.Generator(device=x.device).manual_seed(int(seed)), parts_of(p)
     if x.device.type != "cpu":
         return torch.rand(x.shape, device=x.device, generator=generator) < parts / _PARTS
     # One draw of 64 bits serves four entries: a generator of the CPU works in one thread, and is what this costs.

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
 from trimtab.errors import TargetError
-from trimtab.nn.weights import Holder, is_conv1d
+from trimtab.nn.swap import Swapped
+from trimtab.nn.weights import Holder, is_conv1d, shape_of
 
 ALL_LINEAR = "all-linear"
 
@@ -24,19 +27,66 @@ HEAD_NAMES = frozenset(
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The output heads by name: what `get_output_embeddings` returns, and modules with a head's name."""
+    """The output heads by all their names: what `get_output_embeddings` returns, and modules with a head's name."""
     getter = getattr(model, "get_output_embeddings", None)
     output = getter() if callable(getter) else None
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and (module is output or name.rpartition(".")[2] in HEAD_NAMES)
-    }
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    heads = {id(module) for name, module in named if module is output or name.rpartition(".")[2] in HEAD_NAMES}
+    return {name: module for name, module in named if id(module) in heads}
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a layer can be adapted: exactly nn.Linear (a subclass may not call its forward), Conv1D, or quantised."""
     return type(module) is nn.Linear or is_conv1d(module) or isinstance(getattr(module, "holder", None), Holder)
+
+
+def passed_over(model: nn.Module, chosen: Callable[[str], bool] = bool) -> str:
+    """The end of an error message: which subclasses of nn.Linear were passed over, and why; empty if there are none.
+
+    Args:
+        model: any module.
+        chosen: whether a name is meant; all are without it.
+    """
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Swapped)]
+    found = [(name, module) for name, module in found if not is_linear(module) and chosen(name)]
+    if not found:
+        return ""
+    name, module = found[0]
+    more = f" and {len(found) - 1} more are" if len(found) > 1 else " is"
+    return (
+        f"; {name}{more} passed over, of {type(module).__name__}, a subclass of nn.Linear: its forward may be another "
+        "one, or not be called"
+    )
+
+
+def warn_of_rest(model: nn.Module, chosen: Mapping[str, nn.Module], what: str, left: str) -> None:
+    """Warn if layers hold less than half of what a model multiplies with: all matrices but embeddings, norms, heads.
+
+    Args:
+        model: any module.
+        chosen: the layers by name.
+        what: the call or setting that chose them.
+        left: what happens to the others.
+    """
+    size = sum(rows * columns for rows, columns in map(shape_of, chosen.values()))
+    covered = {f"{name}.weight" for name in chosen}
+    rest = {
+        name: model.get_parameter(name)
+        for name, roles in parameter_roles(model).items()
+        if roles == {"base"} and name not in covered
+    }
+    rest = {name: p for name, p in rest.items() if p.dim() > 1 and p.is_floating_point()}
+    whole = size + sum(p.numel() for p in rest.values())
+    if 2 * size >= whole:
+        return
+    largest: dict[str, str] = {}
+    for name, p in sorted(rest.items(), key=lambda entry: -entry[1].numel()):
+        largest.setdefault(name.rpartition(".")[2], f"{name} {tuple(p.shape)}")
+    warnings.warn(
+        f"{what}: the linear layers hold {100 * size / whole:.0f} % of the weights in {type(model).__name__}'s blocks; "
+        f"the largest of the others are {', '.join(list(largest.values())[:3])}: {left}",
+        stacklevel=3,
+    )
 
 
 def find_targets(
@@ -61,7 +111,9 @@ def find_targets(
         if name and (is_linear(module) or (embeddings and isinstance(module, nn.Embedding)))
     }
     if not linears:
-        raise TargetError(f"targets={targets!r}: {type(model).__name__} has no linear layers to adapt")
+        raise TargetError(
+            f"targets={targets!r}: {type(model).__name__} has no linear layers to adapt{passed_over(model)}"
+        )
     if targets == ALL_LINEAR:
         chosen = _all_linear(model, {name: module for name, module in linears.items() if is_linear(module)})
     elif isinstance(targets, str):
@@ -91,6 +143,7 @@ def _all_linear(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, nn
     if not (blocks or body):
         raise TargetError(
             f"targets='{ALL_LINEAR}': the only linear layers are the output head {sorted(heads)}; name them"
+            f"{passed_over(model)}"
         )
     return blocks or body
 
@@ -107,6 +160,7 @@ def _by_pattern(model: nn.Module, linears: dict[str, nn.Module], pattern: str) -
         raise TargetError(
             f"targets={pattern!r} matches no linear layer (a string is a regular expression for whole names; for "
             f"endings give a list); {closest(pattern, linears)}"
+            f"{passed_over(model, lambda name: compiled.fullmatch(name) is not None)}"
         )
     return chosen
 
@@ -120,10 +174,14 @@ def _by_ending(model: nn.Module, linears: dict[str, nn.Module], endings: Sequenc
         others = [(n, m) for n, m in model.named_modules() if n and name_ends(n, ending)]
         if others:
             name, module = others[0]
+            if isinstance(module, nn.Linear) and (why := passed_over(model, partial(name_ends, ending=ending))):
+                raise TargetError(f"targets: {ending!r} matches {name}, which cannot be adapted{why}")
             raise TargetError(
                 f"targets: {ending!r} matches {name}, a {type(module).__name__}, which is no nn.Linear or Conv1D"
             )
-        raise TargetError(f"targets: {ending!r} matches no linear layer; {closest(ending, linears)}")
+        raise TargetError(
+            f"targets: {ending!r} matches no linear layer; {closest(ending, linears)}{passed_over(model)}"
+        )
     return {name: module for name, module in linears.items() if any(name_ends(name, ending) for ending in endings)}
 
 
@@ -158,7 +216,7 @@ def parameter_roles(model: nn.Module) -> dict[str, frozenset[str]]:
 
     Roles are "embedding", "norm", "head" and "base"; a tied embedding and head has both.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # T5 shares the module of its embeddings
     heads = head_modules(model)
     inside_head = tuple(f"{name}." for name in heads)
     roles: dict[int, set[str]] = {}

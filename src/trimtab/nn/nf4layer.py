@@ -5,9 +5,10 @@ codes a byte, and its scales are buffers beside it, so that `.to()`, `state_dict
 rows see everything there is. (int8 and not uint8, since T5 casts its activations to a weight's dtype unless that is
 int8.) Scales keep their bits when a model is cast: only their device follows.
 
-The dense weight exists a piece at a time: the forward unpacks some rows, multiplies, and takes the next ones, so
-that the unpacked piece stays in the cache and a step never holds a dense weight; the backward does so by columns.
-Every output is one dot product either way, so nothing is rounded twice.
+A large dense weight exists a piece at a time: the forward unpacks some rows, multiplies, and takes the next ones, so
+that the unpacked piece stays in a CPU's cache, and a step never holds a dense weight larger than a piece; the backward
+does so by columns. Every output is one dot product either way, so nothing is rounded twice. Weights no larger than a
+piece, and all of them under torch.compile, are unpacked whole.
 
 What a merge writes is rounded to NF4 again, and of an update that is small beside the steps between levels most is
 lost (1.6 % of it is left at an update of 2 % of the weight). A *master* prevents that: the weight as bf16 together
@@ -168,6 +169,10 @@ class NF4(Holder):
                 "without one; quantise without master, too"
             )
         return self._master[block].to(weight.device, copy=True)
+
+    def quick_squares(self, weight: Tensor) -> Tensor:
+        pieces = _pieces(weight.shape[0], weight.shape[1] * 2, 1, weight.device)
+        return torch.cat([torch.linalg.vector_norm(self._decoded(weight, p), dim=1) for p in pieces]).square_()
 
     def write_rows(self, weight: Tensor, block: slice, value: Tensor) -> None:
         wide = value.float()

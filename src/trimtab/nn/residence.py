@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.nn.precision import hold, release
+from trimtab.nn.present import PresentParameters
 from trimtab.nn.weights import Holder, narrow_with_carry
 
 
@@ -60,7 +61,8 @@ class Residence:
     """The dtype, the carry and the `requires_grad` of each parameter of `model`, tied ones once.
 
     Args:
-        model: any module; its parameters' names and identities never change here.
+        model: any module; its parameters' names and identities never change here. Where somebody else puts others in
+            their place, those are meant from then on.
         dtype: compute dtype, and storage dtype of what is frozen; None keeps each parameter's own.
         pure: hold trained tensors in the compute dtype as well.
         kept: where to keep a copy of each tensor that is trained, narrowed or written into; None keeps none.
@@ -71,7 +73,7 @@ class Residence:
     ) -> None:
         self.pure = pure
         self.dtype = dtype
-        self.parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        self.parameters = PresentParameters(model)
         self._plain = {name: (p.dtype, p.requires_grad) for name, p in self.parameters.items()}
         self.compute = {name: dtype or p.dtype for name, p in self.parameters.items()}
         self.carries: dict[str, Tensor] = {}
@@ -85,13 +87,6 @@ class Residence:
         self._live: dict[str, Tensor] = {}
         self._fingerprints: dict[str, tuple[int, float] | None] = {}
         self._armed = disarm_fused_encoders(model)
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        #: The modules that hold each parameter; by name, so that it is right in a copy of the model, too.
-        self._owners: dict[str, list[nn.Module]] = {name: [] for name in names.values()}
-        for module in model.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) in names:
-                    self._owners[names[id(parameter)]].append(module)
 
     def quantized(self) -> list[str]:
         """The names of the weights that are held in few bits, and so cannot train."""
@@ -119,9 +114,26 @@ class Residence:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.to(self.held_dtype(compute))
             if not self.pure:
-                for owner in self._owners[name]:
+                for owner in self.parameters.owners(name):
                     hold(owner, compute)
             self._fingerprints[name] = fingerprint(parameter)
+
+    def check(self) -> None:
+        """Make sure that what trains is there, and held: a module that was put in since is not.
+
+        A carry without values beside a weight that has them by now stands for nothing.
+
+        Raises:
+            ConfigError: a parameter that trains is gone, or tied ones were parted.
+        """
+        for name in self.trained:
+            self.parameters.check(name)
+            for owner in () if self.pure else self.parameters.owners(name):
+                hold(owner, self.compute[name])
+        for name in [
+            name for name, carry in self.carries.items() if carry.is_meta and not self.parameters[name].is_meta
+        ]:
+            del self.carries[name]
 
     def freeze(self, names: Iterable[str]) -> None:
         """Freeze these parameters: gradient freed, stored in the compute dtype, the rest in a carry."""
@@ -140,7 +152,7 @@ class Residence:
                 parameter.data, carry = narrow_with_carry(parameter.data, compute)
                 if not self.pure:
                     self.carries[name] = carry
-            for owner in self._owners[name]:
+            for owner in self.parameters.owners(name):
                 if not any(p is not None and p.requires_grad for p in owner._parameters.values()):
                     release(owner)
 
@@ -246,9 +258,25 @@ class Residence:
         return undo
 
     def settle(self) -> None:
-        """Leave a plain model in the compute dtype: every parameter rounded once, no module held."""
+        """Leave a plain model in the compute dtype, or what it was cast to since: all rounded once, no module held."""
         self._edited.update(self.changed())
+        self.compute = self._cast_since()
         self._leave(self.compute)
+
+    def _cast_since(self) -> dict[str, torch.dtype]:
+        """The compute dtypes, or what somebody cast the model to: what trains is in fp32 after `.float()`, too.
+
+        So where a parameter that trains does not say it, the frozen ones of its compute dtype do, if they agree.
+        """
+        now, trained = {name: p.dtype for name, p in self.parameters.items()}, set(self.trained)
+        frozen: dict[torch.dtype, set[torch.dtype]] = {}
+        for name in now.keys() - trained:
+            frozen.setdefault(self.compute[name], set()).add(now[name])
+        for name in trained:
+            own = self.compute[name]
+            if now[name] == self.held_dtype(own):
+                now[name] = next(iter(frozen[own])) if len(frozen.get(own, ())) == 1 else own
+        return now
 
     def restore(self) -> None:
         """Leave the model as it came, its dtypes included; exact if nothing was lost or narrowed."""
@@ -272,7 +300,7 @@ class Residence:
             parameter.data = parameter.data.to(dtypes[name])
             parameter.grad = None
             parameter.requires_grad_(self._plain[name][1])
-            for owner in self._owners[name]:
+            for owner in self.parameters.owners(name):
                 release(owner)
         for module, attribute, value in self._armed:
             setattr(module, attribute, value)

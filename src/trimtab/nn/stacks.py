@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConfigError
 from trimtab.nn.swap import Swapped, put_on, take_off
+from trimtab.nn.untraced import untraced
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ class DepthHooks:
             )
         self._done = 0
 
+    @untraced
     def _before_block(self, block: nn.Module, args: Any) -> None:
         self._check_order(block)
         if self._done == 0:
@@ -215,6 +217,7 @@ class DepthHooks:
                 "block must run once and in order (no layer drop, no early exit)"
             )
 
+    @untraced
     def _after_block(self, block: nn.Module, args: Any, output: Any) -> Any:
         if self._modes:
             torch.set_grad_enabled(self._modes.pop())

@@ -101,6 +101,10 @@ class Holder(abc.ABC):
         """The value (rows, in) of a block, carry included, in fp32 or wider, on the weight's device; fresh."""
 
     @abc.abstractmethod
+    def quick_squares(self, weight: Tensor) -> Tensor:
+        """|W|^2 of each output row (out,) without the carry, from one pass in fp32 or wider; good to 2^-20."""
+
+    @abc.abstractmethod
     def write_rows(self, weight: Tensor, block: slice, value: Tensor) -> None:
         """Store a `value` (rows, in) of a block, rounded to nearest; what that loses is carried."""
 
@@ -184,6 +188,11 @@ class Dense(Holder):
         if self.carry is None:
             return stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
         return join(stored, self._by_output(self.carry)[block].to(stored.device).contiguous())
+
+    def quick_squares(self, weight: Tensor) -> Tensor:
+        stored, wide = self._by_output(weight), torch.promote_types(weight.dtype, torch.float32)
+        blocks = [stored[block] for block in self.row_blocks(weight)]
+        return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=wide) for rows in blocks]).square_()
 
     def write_rows(self, weight: Tensor, block: slice, value: Tensor) -> None:
         target = self._by_output(weight)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trimtab.errors import ConfigError, NonFiniteError
-from trimtab.nn.crossing import WAY_OUT, Call, untraced
+from trimtab.nn.crossing import WAY_OUT, Call
 from trimtab.nn.replay import Reading, called_with, stand_ins
+from trimtab.nn.untraced import untraced
 from trimtab.train.hidden.codes import Plane, Storage, pack, unpack
 from trimtab.train.hidden.examples import Examples
 
@@ -99,7 +100,6 @@ class Recorder:
     def _note_call(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call = called_with(block, args, kwargs)
 
-    @untraced
     @torch.no_grad()
     def _hear(self, number: int, call: int, phi: Tensor) -> Tensor:
         heard = self._through(index_of(self._planes, "hidden states", number), call, phi)
@@ -108,7 +108,6 @@ class Recorder:
             self._end()
         return heard
 
-    @untraced
     @torch.no_grad()
     def _cross(self, j: int, states: Tensor, call: Call) -> Call:
         """The call of block j's cross-attention with queries and keys in their stored form."""
