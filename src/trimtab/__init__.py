@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from trimtab.nn.loss import linear_cross_entropy
     from trimtab.nn.tied import untie
     from trimtab.optim.schedule import Schedule
+    from trimtab.train.hidden import HiddenCache
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Full",
+    "HiddenCache",
     "Ladder",
     "LoRA",
     "Method",
@@ -115,6 +117,7 @@ _HOMES = {
     "trimtab.nn.loss": ("linear_cross_entropy",),
     "trimtab.nn.tied": ("untie",),
     "trimtab.optim.schedule": ("Schedule",),
+    "trimtab.train.hidden": ("HiddenCache",),
 }
 #: Where each public name lives; what is not listed is an error class.
 _HOME = dict.fromkeys(__all__, "trimtab.errors") | {n: home for home, names in _HOMES.items() for n in names}

@@ -23,6 +23,7 @@ from trimtab.methods.beside import Beside, BesideAdapter
 from trimtab.nn.crossing import Crossing
 from trimtab.nn.draw import stable_generator
 from trimtab.nn.recurrence import Cell
+from trimtab.nn.replay import Reading
 from trimtab.nn.residence import Residence
 from trimtab.nn.sidelink import Link, Reader
 from trimtab.nn.sidenet import Aggregate, DepthRun, SideNetwork
@@ -129,6 +130,15 @@ class READAdapter(BesideAdapter):
         if self._crossing is not None:
             self._crossing.take_off()
         super()._remove()
+
+    def reading(self) -> Reading:
+        if self.config.backbone_dropout:
+            raise ConfigError(
+                "backbone_dropout=True: the hidden states are drawn anew in each forward, so they cannot be kept; "
+                "attach with backbone_dropout=False"
+            )
+        widths = tuple(self.config.width or _width(stack, self.model) for stack in self._stacks)
+        return Reading(tuple(self._hooks), widths, self._crossing, tuple(self._sides))
 
 
 def _width(stack: Stack, model: nn.Module) -> int:

@@ -19,8 +19,8 @@ beyond a module's forward: masks, `generate()`, `save_pretrained()` and copies s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,26 @@ from trimtab.nn.weights import is_conv1d
 Values = Callable[[Tensor], Tensor | None]
 #: Takes the number of a block and its c (B, Tq, result_width).
 Sink = Callable[[int, Tensor], None]
+
+
+class Call(NamedTuple):
+    """What a cross-attention's implementation is called with beside its values.
+
+    Attributes:
+        query: (B, heads, Tq, head_dim).
+        key: (B, heads of keys, Tk, head_dim).
+        mask: as the implementation takes it.
+        kwargs: its further arguments.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Any
+    kwargs: Mapping[str, Any]
+
+
+#: Takes a block's number, the encoder's states and a call; gives what to attend to our values with instead.
+Through = Callable[[int, Tensor, Call], Call]
 
 #: The name in transformers' registry.
 NAME = "trimtab_crossing"
@@ -75,6 +95,7 @@ class Crossing:
         self.modules: list[nn.Module] = []
         self._places: list[str] = []
         self._handles: list[Any] = []
+        self._taps: list[_Tap] = []
         widths: dict[tuple[int, int], str] = {}
         for j, block in enumerate(blocks):
             name, module = _cross_attention(block, f"{describe}: decoder block {j}")
@@ -107,6 +128,7 @@ class Crossing:
         for j, (module, place) in enumerate(zip(self.modules, self._places, strict=True)):
             names = _parameters(type(module))
             tap = _Tap(j, place, names, (self.width, self.result_width), values, sink)
+            self._taps.append(tap)
             self._handles.append(module.register_forward_pre_hook(tap.before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(tap.after, always_call=True))
 
@@ -115,8 +137,23 @@ class Crossing:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._taps.clear()
         for module in self.modules:
             _restore(module)
+
+    def pass_through(self, through: Through | None) -> None:
+        """Let each call go through a function before our values are attended to; None ends it.
+
+        The module's own attention is not changed by it.
+        """
+        for tap in self._taps:
+            tap.through = through
+
+    def again(self, j: int, states: Tensor, call: Call) -> None:
+        """Hand c_j of a call to the sink without running the module, for the values that belong to `states`."""
+        B, heads, Tk, _ = call.key.shape
+        tap = self._taps[j]
+        tap.join(self.modules[j], states, call, (B, heads, Tk, self.width // heads), call.key.dtype)
 
 
 class _Renamed:
@@ -151,6 +188,7 @@ class _Tap:
     ) -> None:
         self.j, self.place, self.names, self.widths = j, place, names, widths
         self.values, self.sink = values, sink
+        self.through: Through | None = None
 
     @untraced
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -183,34 +221,42 @@ class _Tap:
         kwargs: dict[str, Any],
     ) -> Any:
         """What the module's own implementation returns; c goes to the sink."""
-        implementation, broadcasts = _implementation(module, self.place, query.device.type)
+        implementation, _ = _implementation(module, self.place, query.device.type)
         if kwargs.get("cache") is not None:
             raise ConfigError(f"{self.place} runs with a paged cache, which a second call would write to; {WAY_OUT}")
         result = implementation(module, query, key, value, mask, **kwargs)
+        call = Call(query, key, mask, {**kwargs, "dropout": 0.0} if "dropout" in kwargs else kwargs)
+        if self.through is not None:
+            call = self.through(self.j, states, call)
+        self.join(module, states, call, value.shape, value.dtype)
+        return result
+
+    def join(self, module: nn.Module, states: Tensor, call: Call, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Hand c to the sink, of values in heads of a shape (B, heads, Tk, head_dim) and of a dtype."""
+        query, key, mask, kwargs = call
+        implementation, broadcasts = _implementation(module, self.place, query.device.type)
         with torch.enable_grad():
             ours = self.values(states)
             if ours is None:
-                return result
-            heads = self._split(ours, key, value)
-            plain = {**kwargs, "dropout": 0.0} if "dropout" in kwargs else kwargs
-            c = attend(implementation, module, query, key, heads, mask, plain, broadcasts=broadcasts).flatten(2)
+                return
+            heads = self._split(ours, key, shape).to(dtype)
+            c = attend(implementation, module, query, key, heads, mask, kwargs, broadcasts=broadcasts).flatten(2)
         if c.shape != (*query.shape[:1], query.shape[2], self.widths[1]):
             raise ConfigError(
                 f"{self.place}: attention gave {tuple(c.shape)} for queries {tuple(query.shape)}, and "
                 f"{self.widths[1]} was to be its width; {WAY_OUT}"
             )
         self.sink(self.j, c)
-        return result
 
-    def _split(self, ours: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """V' (B, Tk, width) in heads like the module's own values (B, heads, Tk, head_dim), and of their dtype."""
-        B, heads, Tk, head_dim = value.shape
+    def _split(self, ours: Tensor, key: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """V' (B, Tk, width) in heads like the module's own values (B, heads, Tk, head_dim)."""
+        B, heads, Tk, head_dim = shape
         if ours.shape != (B, Tk, heads * head_dim) or key.shape[2] != Tk:
             raise ConfigError(
-                f"{self.place} attends to values {tuple(value.shape)}, which take ours as {(B, Tk, heads * head_dim)}; "
+                f"{self.place} attends to values {tuple(shape)}, which take ours as {(B, Tk, heads * head_dim)}; "
                 f"they are {tuple(ours.shape)}; {WAY_OUT}"
             )
-        return ours.to(value.dtype).view(B, Tk, heads, head_dim).transpose(1, 2)
+        return ours.view(B, Tk, heads, head_dim).transpose(1, 2)
 
 
 @untraced

@@ -77,6 +77,7 @@ class Reader:
 
     def begin(self) -> None:
         self.link.grad = torch.is_grad_enabled()
+        self.link.handed()  # what a forward left that was cut short in a block
         self.run.begin()
 
     def hear(self, number: int, phi: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ model, and whoever listens gets each block's hidden states as soon as they are t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -138,17 +138,28 @@ class Listener(Protocol):
         """
 
 
+#: Takes the number of a call and what its block gave; gives what is heard instead.
+Through = Callable[[int, Tensor], Tensor]
+
+
 class DepthHooks:
     """The hooks on one stack.
 
     Args:
         stack: whose blocks are run without gradients.
         listener: who hears of it. An object, and no closure, so that a copied model has a listener of its own.
+
+    Attributes:
+        through: what the hidden states go through on their way to the listener, if anything; the next block reads
+            them as they were.
+        form: how a block gave its hidden states last: 0 for a tensor, else the length of the tuple they led.
     """
 
     def __init__(self, stack: Stack, listener: Listener) -> None:
         self.stack = stack
         self._listener = listener
+        self.through: Through | None = None
+        self.form = 0
         self._done = 0
         self._modes: list[bool] = []
         self._handles: list[Any] = []
@@ -218,7 +229,8 @@ class DepthHooks:
                 f"{self.stack.name}: block {self._done} gives {type(output).__name__}, and hidden states must be a "
                 "tensor, or the first of a tuple"
             )
-        changed = self._listener.hear(self._done, hidden)
+        self.form = len(output) if isinstance(output, tuple) else 0
+        changed = self._listener.hear(self._done, hidden if self.through is None else self.through(self._done, hidden))
         self._done += 1
         if changed is None:
             return None

@@ -1,0 +1,99 @@
+"""What hidden states depend on beside the example: the frozen part of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Settings of a model that say nothing about what its blocks compute.
+_ASIDE = frozenset(
+    {"architectures", "chunk_size_feed_forward", "dtype", "finetuning_task", "id2label", "label2id", "num_labels",
+     "output_attentions", "output_hidden_states", "problem_type", "return_dict", "torch_dtype", "transformers_version",
+     "use_cache"}
+)  # fmt: skip
+
+
+class Backbone:
+    """The frozen tensors of a model, and how it is set.
+
+    Args:
+        model: any module.
+        trained: parameters that are no part of it.
+        beside: modules that are no part of it.
+    """
+
+    def __init__(self, model: nn.Module, trained: Iterable[nn.Parameter], beside: Iterable[nn.Module]) -> None:
+        self._model = model
+        self._trained = list(trained)  # held, so that their ids stay theirs
+        self._beside = list(beside)
+
+    def settings(self) -> dict[str, Any]:
+        """The model's class and config, as JSON values."""
+        config: Any = getattr(self._model, "config", None)
+        found = config.to_dict() if hasattr(config, "to_dict") else {}
+        kept = {k: v for k, v in found.items() if k not in _ASIDE and not k.startswith("_") and "drop" not in k}
+        plain: dict[str, Any] = json.loads(json.dumps(kept, default=str, sort_keys=True))
+        return {"class": type(self._model).__name__, **plain}
+
+    def digests(self) -> dict[str, str]:
+        """A SHA-256 (its first 16 hex digits) of each tensor, of its dtype and its shape."""
+        return {name: _digest(tensor) for name, tensor in self._tensors()}
+
+    def state(self) -> tuple[Any, ...]:
+        """Changes when somebody writes into a tensor or puts another in its place."""
+        return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._plain())
+
+    def _outside(self) -> tuple[set[int], set[int]]:
+        return {id(p) for p in self._trained}, {id(m) for network in self._beside for m in network.modules()}
+
+    def _plain(self) -> Iterator[Tensor]:
+        trained, beside = self._outside()
+        for module in self._model.modules():
+            if id(module) not in beside:
+                for tensor in (*module._parameters.values(), *module._buffers.values()):
+                    if tensor is not None and id(tensor) not in trained:
+                        yield tensor
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """With what a module keeps elsewhere and writes into its state, such as the scales of quantised weights."""
+        trained, beside = self._outside()
+        seen: set[int] = set()
+        for name, module in self._model.named_modules():
+            if id(module) in beside:
+                continue
+            prefix = f"{name}." if name else ""
+            stored: dict[str, Any] = {}
+            module._save_to_state_dict(stored, prefix, keep_vars=True)
+            stored |= {f"{prefix}{leaf}": buffer for leaf, buffer in module._buffers.items() if buffer is not None}
+            for key, tensor in stored.items():
+                if isinstance(tensor, Tensor) and id(tensor) not in trained and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield key, tensor
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.is_meta:  # sizes can be told without values
+        return digest.hexdigest()[:16]
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """What differs between two flat mappings, in a few words; empty where nothing does."""
+    odd = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+    if not odd:
+        return ""
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    values = f" ({_shown(there, odd[0])} there, {_shown(here, odd[0])} here)"
+    return f"{odd[0]}{values}{more}"
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "absent"
