@@ -140,7 +140,7 @@ def test_flops_of_each_kind_of_product(run: Any, flops: int) -> None:
 
 @pytest.mark.parametrize("heads", [4, 2])
 def test_flops_of_fused_attention(heads: int) -> None:
-    """The CPU's fused attention counts as those of CUDA do: two products forward, five backward, of all queries' heads."""
+    """The CPU's fused attention counts as those of CUDA do: two products forward, five backward."""
     q = torch.ones(2, 4, 16, 8, requires_grad=True)
     k, v = (torch.ones(2, heads, 32, 8, requires_grad=True) for _ in range(2))
     product = 2 * 2 * 4 * 16 * 32 * 8
