@@ -67,7 +67,7 @@ BART = {
 }
 PAIRED: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "t5 (its own base)": lambda: transformers.T5Config(**T5, decoder_start_token_id=0),
-    "t5 (head apart)": lambda: transformers.T5Config(
+    "t5 v1.1 (not scaled)": lambda: transformers.T5Config(
         **T5, decoder_start_token_id=0, tie_word_embeddings=False, feed_forward_proj="gated-gelu"
     ),
     "bart (bias behind)": lambda: transformers.BartConfig(**BART),
