@@ -50,9 +50,47 @@ def apply_rows(
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, fp32 or wider, in which to sum and to apply formulas on numbers of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def column_sum(g_TO: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient (O,) of a bias in its `dtype`, summed over the tokens in fp32 or wider."""
-    return g_TO.sum(0, dtype=torch.promote_types(g_TO.dtype, torch.float32)).to(dtype)
+    return g_TO.sum(0, dtype=wide(g_TO.dtype)).to(dtype)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed in fp32; in fp32, too, where the device gives it so, else in the factors' dtype.
+
+    On CUDA a 16-bit product may add the parts of its sum in 16 bits, so there its result is asked for in fp32.
+    Elsewhere fp16 is widened first: sums of large activations leave its range.
+    """
+    if a.dtype not in (torch.float16, torch.bfloat16):
+        return a @ b
+    if a.is_cuda and torch.version.cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float() if a.dtype == torch.float16 else a @ b
+
+
+def sum_over_tokens(g_TO: Tensor, x_TI: Tensor) -> Tensor:
+    """g' x (O, I), what the gradient of a matrix sums over the tokens; see `product`."""
+    return product(g_TO.t(), x_TI)
+
+
+#: 16-bit numbers that are widened at a time where no kernel sums their squares in fp32.
+_CHUNK = 2**17
+
+
+def square_sums(x_TI: Tensor) -> Tensor:
+    """Sums (T, 1) of each row's squares, in fp32 or wider, without a wide copy of x."""
+    exact = wide(x_TI.dtype)
+    if x_TI.dtype == exact or x_TI.device.type != "cpu" or torch.compiler.is_compiling():
+        norms = torch.linalg.vector_norm(x_TI, dim=1, keepdim=True, dtype=exact)
+    else:
+        parts = torch.split(x_TI, max(1, _CHUNK // x_TI.shape[1]))
+        norms = torch.cat([torch.linalg.vector_norm(part.to(exact), dim=1, keepdim=True) for part in parts])
+    return torch.square(norms)
 
 
 class _CastLinearFunction(torch.autograd.Function):

@@ -17,10 +17,14 @@ class Link:
 
     Args:
         side: the decoder's network.
+
+    Attributes:
+        grad: whether the caller of the decoder wants gradients; in the blocks they are off, and in the tap on.
     """
 
     def __init__(self, side: SideNetwork) -> None:
         self.side = side
+        self.grad = False
         self.clear()
 
     def clear(self) -> None:
@@ -57,9 +61,10 @@ class Link:
             )
         assert self._h is not None
         weight: Any = self.side.joiner_weight
-        state = (weight._version, torch.is_grad_enabled())
+        state = (weight._version, self.grad)
         if self._values is None or self._values[0] != state:
-            self._values = (state, self.side.values(self._h))
+            with torch.set_grad_enabled(self.grad):
+                self._values = (state, self.side.values(self._h))
         return self._values[1]
 
     def _gave(self, states: Tensor) -> bool:
@@ -100,6 +105,7 @@ class Reader:
         self.link = link
 
     def begin(self) -> None:
+        self.link.grad = torch.is_grad_enabled()
         self.run.begin()
 
     def hear(self, number: int, phi: Tensor) -> Tensor | None:

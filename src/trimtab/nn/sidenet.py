@@ -89,7 +89,13 @@ class SideNetwork(nn.Module):
 
     def prepare(self, dtype: torch.dtype) -> list[Prepared]:
         """What a forward of the model needs of each cell, formed once."""
-        return [cell.prepare(dtype) for cell in self.cells]  # type: ignore[operator]
+        return [self.cell(number).prepare(dtype) for number in range(len(self.cells))]
+
+    def cell(self, number: int) -> DepthCell:
+        """The cell of a call of a block: the one there is, or each its own."""
+        found = self.cells[0 if self.recurrent else number]
+        assert isinstance(found, DepthCell)
+        return found
 
     def values(self, h: Tensor) -> Tensor:
         """The encoder's h (B, S, k) as values (B, S, `values`) of a cross-attention."""
@@ -143,15 +149,13 @@ class DepthRun:
         Returns:
             After the last call agg(h) (B, S, k); before it None.
         """
-        own = self.side.cells[0].weight_ih.device  # type: ignore[union-attr]
         dtype = compute_dtype_of(phi)
         if not self._prepared:
             self._prepared = self.side.prepare(dtype)
-        index = 0 if self.side.recurrent else number
+        cell, prepared = self.side.cell(number), self._prepared[number if len(self._prepared) > 1 else 0]
+        own = cell.weight_ih.device
         joined = None if joined is None else joined.to(own, dtype)
-        state = self.side.cells[index](
-            phi.detach().to(own, dtype), joined, self._state if self.side.recurrent else None, self._prepared[index]
-        )
+        state = cell(phi.detach().to(own, dtype), joined, self._state if self.side.recurrent else None, prepared)
         last = number == self.calls - 1
         if self.aggregate == "mean":
             self._sum = state[0] if self._sum is None else self._sum + state[0]

@@ -8,7 +8,7 @@ model, and whoever listens gets each block's hidden states as soon as they are t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ def _is_block(module: nn.Module) -> bool:
     return any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
 
 
-def _one(lists: dict[str, nn.Module], ending: str) -> str:
+def _one(lists: Mapping[str, nn.Module], ending: str) -> str:
     fits = [name for name in lists if name == ending or name.endswith(f".{ending}")]
     if len(fits) != 1:
         what = "no list of blocks" if not fits else f"{len(fits)} lists ({', '.join(fits)})"

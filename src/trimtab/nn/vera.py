@@ -28,31 +28,17 @@ from torch.autograd.function import once_differentiable
 from trimtab.nn.adapted import Adapted
 from trimtab.nn.dropping import draw_seed, dropped, gain
 from trimtab.nn.pairs import Pairs
-from trimtab.nn.precision import column_sum, compute_dtype_of, without_autocast
+from trimtab.nn.precision import column_sum, compute_dtype_of, sum_over_tokens, wide, without_autocast
 from trimtab.nn.reading import share
 from trimtab.nn.weights import Holder
 
 Context = Any
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _fold(b: Tensor, B: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
     """M (O, R) = b * B * d, rounded to `dtype` once."""
-    wide = _wide(dtype)
-    return (B.to(wide) * d.to(wide)).mul_(b.to(wide)[:, None]).to(dtype)
-
-
-def _sum_over_tokens(g_TO: Tensor, u_TR: Tensor) -> Tensor:
-    """P (O, R) = g' u, accumulated in fp32.
-
-    On CUDA a 16-bit product may add the parts of its sum in 16 bits, so there its result is asked for in fp32.
-    """
-    if g_TO.is_cuda and torch.version.cuda and g_TO.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(g_TO.t(), u_TR, out_dtype=torch.float32)
-    return g_TO.t() @ u_TR
+    exact = wide(dtype)
+    return (B.to(exact) * d.to(exact)).mul_(b.to(exact)[:, None]).to(dtype)
 
 
 #: Autograd nodes that keep their output for their own backward.
@@ -103,8 +89,8 @@ class _VeRAFunction(torch.autograd.Function):
         ctx.save_for_backward(u if keep_u else None, d, b, weight, x if keep_x else None)
         y_TO = base.matmul(weight, x, bias)
         if x.shape[0] < B.shape[1]:  # a few tokens, as in generation: cheaper than folding (O, R)
-            z_TR = (u * d.to(_wide(x.dtype))).to(x.dtype)
-            return y_TO.add_((z_TR @ B.to(x.dtype).t()) * b.to(_wide(x.dtype)))
+            z_TR = (u * d.to(wide(x.dtype))).to(x.dtype)
+            return y_TO.add_((z_TR @ B.to(x.dtype).t()) * b.to(wide(x.dtype)))
         return y_TO.addmm_(u, _fold(b, B, d, x.dtype).t())
 
     @staticmethod
@@ -117,7 +103,7 @@ class _VeRAFunction(torch.autograd.Function):
         dx = dbranch = dw = dc = dd = db = None
         if need_d or need_b:
             u_TR = x_TI @ A.to(x_TI.dtype).t() if u_TR is None else u_TR
-            PB_OR = _sum_over_tokens(g_TO, u_TR).to(_wide(g_TO.dtype)).mul_(B)
+            PB_OR = sum_over_tokens(g_TO, u_TR).to(wide(g_TO.dtype)).mul_(B)
             db = (PB_OR @ d.to(PB_OR)).to(b.dtype) if need_b else None
             dd = (b.to(PB_OR) @ PB_OR).to(d.dtype) if need_d else None
         if need_x or need_branch:
