@@ -14,7 +14,8 @@ a classifier. T5's and BERT's dropout is 0 in every row: what it would keep, REA
   update is rounded away, and the model's own loss.
 * peft's row has its defaults and the model's own loss; "our loss" gives it the chunked loss (`Objective`), which all
   other rows have, to tell what is the loss's. LoRA sits on all linears of the blocks, ours and peft's.
-* "READ gru 256, mean" is the variant of the authors' code. LST (Ladder Side-Tuning) is listed where it can be had.
+* "READ gru 256, mean" is the variant of the authors' code; "READ none 128, mean" has a network for each layer instead
+  of a recurrence. LST (Ladder Side-Tuning) is listed where it can be had.
 
 Three tables for each model:
 
@@ -48,24 +49,13 @@ from trimtab.bench.energy import energy_counter, joules
 from trimtab.bench.meters import live_bytes, saved_bytes
 from trimtab.bench.runner import Timings, circumstances, interleave, markdown_table
 from trimtab.bench.steps import RATE, Costs, Loss, Stepper, apart, chunked_loss, own_loss, trained
-from trimtab.bench.synthetic import (
-    BERT_BASE,
-    QUICK,
-    T5_BASE,
-    Batch,
-    Shape,
-    random_batch,
-    random_bert,
-    random_labelled,
-    random_llama,
-    random_pairs,
-    random_t5,
-)
+from trimtab.bench.synthetic import FAMILIES, QUICK, Family, Shape
 from trimtab.methods import registry
 
 FULL, PLAIN = "full", "full, plain PyTorch"
 PEFT, PEFT_CHUNKED, LORA = "peft LoRA r=8", "peft LoRA r=8, our loss", "trimtab LoRA r=8"
-READ, AUTHORS, LADDER = "READ rnn 128", "READ gru 256, mean", "LST"
+READ, AUTHORS, APART = "READ rnn 128", "READ gru 256, mean", "READ none 128, mean"
+LADDER = "LST"
 LATER = f"{READ}, a later epoch"
 METHODS: dict[str, Callable[[tuple[str, ...]], trimtab.Method]] = {
     FULL: lambda _: trimtab.Full(),
@@ -76,44 +66,12 @@ METHODS: dict[str, Callable[[tuple[str, ...]], trimtab.Method]] = {
     LADDER: lambda _: registry()["ladder"](),
     READ: lambda _: trimtab.READ(cell="rnn", size=128),
     AUTHORS: lambda _: trimtab.READ(cell="gru", size=256, aggregate="mean", init="drawn"),
+    APART: lambda _: trimtab.READ(cell="none", size=128, aggregate="mean"),
 }
-ROWS = tuple(
-    row for row in (FULL, PLAIN, LORA, PEFT, PEFT_CHUNKED, *METHODS) if row != LADDER or "ladder" in registry()
-)
-ROWS = tuple(dict.fromkeys(ROWS))
+_ALL = (FULL, PLAIN, LORA, PEFT, PEFT_CHUNKED, *METHODS)
+ROWS = tuple(row for row in dict.fromkeys(_ALL) if row != LADDER or "ladder" in registry())
 
 
-@dataclass(frozen=True)
-class Family:
-    """A model, a batch for it, and the linears of its blocks."""
-
-    describe: str
-    shape: Shape
-    model: Callable[[Shape], Any]
-    batch: Callable[[Shape], Batch]
-    targets: tuple[str, ...]
-
-    def arguments(self, batch: Batch) -> tuple[dict[str, Any], torch.Tensor]:
-        """What a model of the family is called with, and the labels for its own loss."""
-        if self.model is random_bert:
-            return {"input_ids": batch.input_ids}, batch.labels
-        arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-        if batch.decoder_input_ids is None:
-            return arguments, batch.input_ids  # a causal model shifts them itself
-        return {**arguments, "decoder_input_ids": batch.decoder_input_ids}, batch.labels
-
-
-FAMILIES = {
-    "llama": Family(
-        "LLaMA-130M",
-        Shape(),
-        random_llama,
-        random_batch,
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    ),
-    "t5": Family("T5-base", T5_BASE, random_t5, random_pairs, ("q", "k", "v", "o", "wi", "wo")),
-    "bert": Family("BERT-base, classification", BERT_BASE, random_bert, random_labelled, ("query", "key", "value")),
-}
 GENERATIVE = ("llama", "t5")
 
 
@@ -136,8 +94,14 @@ class Row(Stepper):
         batch = family.batch(shape).to(device)
         self.arguments, labels = family.arguments(batch)
         self.tokens = shape.tokens * (1 if batch.decoder_input_ids is None else 2)
-        own: Callable[[Any], Loss] = lambda called: own_loss(called, **self.arguments, labels=labels)  # noqa: E731
-        ours: Callable[[Any], Loss] = own if family.model is random_bert else lambda of: chunked_loss(of, batch)
+        words = labels.dim() == 2  # of a classifier there is one loss only
+
+        def own(called: Any) -> Loss:
+            return own_loss(called, **self.arguments, labels=labels)
+
+        def ours(called: Any) -> Loss:
+            return chunked_loss(called, batch) if words else own(called)
+
         self.model = model
         if name == PLAIN:
             super().__init__(own(model), trained(model), device=device)
@@ -192,7 +156,8 @@ class Row(Stepper):
 
 
 def shape_of(family: str, options: argparse.Namespace) -> Shape:
-    return QUICK if options.quick else FAMILIES[family].shape
+    shape = QUICK if options.quick else FAMILIES[family].shape
+    return replace(shape, sequences=options.sequences or shape.sequences)
 
 
 def ask(family: str, row: str, options: argparse.Namespace, **more: object) -> dict[str, Any]:
@@ -206,7 +171,7 @@ def ask(family: str, row: str, options: argparse.Namespace, **more: object) -> d
         options.device,
         *(["--quick"] if options.quick else []),
     ]
-    for name, value in more.items():
+    for name, value in (more | ({"sequences": options.sequences} if options.sequences else {})).items():
         arguments += [f"--{name}", str(value)]
     return apart(Path(__file__).resolve(), arguments, options.costs)
 
@@ -284,7 +249,7 @@ def aims_table(family: str, costs: dict[str, RowCosts], times: Timings | None) -
         else:
             ratio = getattr(costs[READ], what) / getattr(costs[other], what)
         lines.append(aim(f"{WORDS[what]} / {other}", bounds[family], ratio))
-    return markdown_table([f"{READ}", "at most", "is", "holds"], lines)
+    return markdown_table([READ, "at most", "is", "holds"], lines)
 
 
 def aim(what: str, bound: float, ratio: float) -> list[str]:
@@ -365,6 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="; ".join(ROWS))
     parser.add_argument("--quick", action="store_true", help="toy shapes in one round")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--sequences", type=int, help="of the batch, instead of 8")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of one thread instead of wall time")
     parser.add_argument("--costs", type=Path, help="a JSON file that keeps the deterministic figures from run to run")
@@ -387,7 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
             table, times = ("timed nothing", None) if options.costs_alone else time_table(family, options)
             print(f"\n{table}")
             if READ in costs:
-                print(f"\n{aims_table(family, costs, times)}")
+                print(f"\nThe aims, which are for the models at size:\n\n{aims_table(family, costs, times)}")
         if "growth" in options.tables:
             print(f"\nOne sequence, a deeper backbone:\n\n{growth_table(family, options)}")
     if "later" in options.tables and hasattr(trimtab, "HiddenCache"):

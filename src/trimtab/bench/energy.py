@@ -50,7 +50,10 @@ def energy_counter(device: torch.device | str) -> Counter | None:
 
 
 def joules(
-    function: Callable[[], object], counter: Counter, seconds: float = 5.0, clock: Callable[[], float] = time.perf_counter
+    function: Callable[[], object],
+    counter: Counter,
+    seconds: float = 5.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Joules of one call of `function`: the mean over calls that together take at least `seconds`.
 

@@ -144,3 +144,33 @@ def random_labelled(shape: Shape) -> Batch:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, shape.words, (shape.sequences, shape.length), generator=generator)
     return Batch(ids, torch.arange(shape.sequences) % 2)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model, a shape and a batch for it, and the linears of its blocks."""
+
+    describe: str
+    shape: Shape
+    model: Callable[[Shape], Any]
+    batch: Callable[[Shape], Batch]
+    targets: tuple[str, ...]
+
+    def arguments(self, batch: Batch) -> tuple[dict[str, Any], torch.Tensor]:
+        """What such a model is called with, and the labels from which it computes a loss itself."""
+        if self.model is random_bert:
+            return {"input_ids": batch.input_ids}, batch.labels
+        arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.decoder_input_ids is None:
+            return arguments, batch.input_ids  # a causal model shifts them itself
+        return {**arguments, "decoder_input_ids": batch.decoder_input_ids}, batch.labels
+
+
+_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FAMILIES = {
+    "llama": Family("LLaMA-130M", Shape(), random_llama, random_batch, _LLAMA),
+    "t5": Family("T5-base", T5_BASE, random_t5, random_pairs, ("q", "k", "v", "o", "wi", "wo")),
+    "bert": Family(
+        "BERT-base, classifier", BERT_BASE, random_bert, random_labelled, ("query", "key", "value", "dense")
+    ),
+}
