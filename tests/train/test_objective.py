@@ -66,7 +66,7 @@ BART = {
     "max_position_embeddings": 128,
 }
 PAIRED: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
-    "t5 (its own base)": lambda: transformers.T5Config(**T5, decoder_start_token_id=0),
+    "t5 (scaled before)": lambda: transformers.T5Config(**T5, decoder_start_token_id=0),
     "t5 v1.1 (not scaled)": lambda: transformers.T5Config(
         **T5, decoder_start_token_id=0, tie_word_embeddings=False, feed_forward_proj="gated-gelu"
     ),
@@ -163,28 +163,31 @@ def test_chunked_objective_of_pairs_equals_the_models_own_loss(name: str) -> Non
     assert "forward" not in model.get_output_embeddings().__dict__
 
 
-def test_logits_of_a_model_that_is_its_own_base_are_never_formed() -> None:
-    """The head of such a model stands aside: its own forward does not run, and is there again afterwards."""
-    model = build("t5 (its own base)")
-    head, data = model.get_output_embeddings(), paired_batch(model)
-    projected = []
+@pytest.mark.parametrize("name", ["llama", "bart (bias behind)", "t5 (scaled before)"])
+def test_model_is_called_whole_and_its_logits_are_never_formed(name: str) -> None:
+    """Hooks on the model see the call; the head's own forward does not run, and is there again afterwards."""
+    model = build(name)
+    data = paired_batch(model) if name in PAIRED else batch()
+    head, projected, called = model.get_output_embeddings(), [], []
 
     def wrapped(x: Tensor) -> Tensor:
         projected.append(x.shape)
         return F.linear(x, head.weight)
 
     head.forward = wrapped
+    model.register_forward_hook(lambda *_: called.append(1))
     Objective(model)(data)
+    assert called
     assert not projected
     assert head.forward is wrapped
-    model(input_ids=data.input_ids, decoder_input_ids=data.decoder_input_ids)
-    assert projected == [(2, 70, 32)]
+    Objective(model, chunked=False)(data)
+    assert projected == [(*data.labels.shape, 32)]
 
 
 def test_batch_of_an_encoder_decoder_needs_the_decoders_tokens() -> None:
     """A batch for a causal model is refused, with the way out."""
     with pytest.raises(ConfigError, match="no decoder_input_ids: give it the labels shifted to the right"):
-        Objective(build("t5 (its own base)"))(batch())
+        Objective(build("t5 (scaled before)"))(batch())
 
 
 @pytest.mark.parametrize("name", [*MODELS, *PAIRED])
@@ -290,12 +293,11 @@ def test_adapted_head_is_refused_before_it_trains() -> None:
 
 
 def test_head_that_does_not_run_is_refused() -> None:
-    """Where a model is its own base, its head's input is what counts; a model that does not call it is named."""
-    model = build("t5 (its own base)")
-    data = paired_batch(model)
+    """The head's input is what counts, so a model that does not call what it names as its head is refused."""
+    model = build("llama")
     model.get_output_embeddings = lambda: nn.Linear(32, VOCABULARY)
-    with pytest.raises(ConfigError, match=r"ran 0 times in a forward.*set loss.chunked=false"):
-        Objective(model)(data)
+    with pytest.raises(ConfigError, match=r"called 0 times in a forward.*set loss.chunked=false"):
+        Objective(model)(batch())
 
 
 @pytest.mark.parametrize(("head", "says"), [(nn.Sequential(), "type Sequential"), (None, "no output head")])
@@ -305,11 +307,3 @@ def test_head_that_is_not_linear_is_refused(head: nn.Module | None, says: str) -
     model.get_output_embeddings = lambda: head
     with pytest.raises(ConfigError, match=rf"{says}.*set loss.chunked=false"):
         Objective(model)
-
-
-def test_base_without_hidden_states_is_refused() -> None:
-    """A model whose base gives something else is named."""
-    model = build("llama")
-    model.base_model.forward = lambda **_: nn.Identity()
-    with pytest.raises(ConfigError, match=r"no last hidden state.*set loss.chunked=false"):
-        Objective(model).check(batch())

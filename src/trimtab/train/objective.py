@@ -1,11 +1,11 @@
 """From a batch to a loss: the sum of token losses of a language model, causal or encoder-decoder.
 
-The chunked form runs the model's base for hidden states and hands them, with the output head's
-weight, to `linear_cross_entropy`, so that logits never exist whole. A model that is its own base (T5)
-runs with its head standing aside: what the head is given is what it would have projected. What a model
-does to its logits beyond the head is read from its config (a cap as in Gemma 2, a scale as in Cohere
-and Granite) or from the model (a bias of BART's and Marian's), and `Objective.check` compares the
-result with the model's own logits before anything trains on it.
+The chunked form calls the model with its output head standing aside: what the head is given goes, with
+its weight, to `linear_cross_entropy`, so that logits never exist whole. The model is called as a whole,
+so whoever listens to its calls hears of them. What it does to its logits beyond the head is read from its
+config (a cap as in Gemma 2, a scale as in Cohere and Granite) or from the model (a bias of BART's and
+Marian's), and `Objective.check` compares the result with the model's own logits before anything trains
+on it.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ class Objective:
     """The loss of a transformers language model, causal or encoder-decoder.
 
     Args:
-        model: has `base_model`, `get_output_embeddings()` and `config`. For an encoder-decoder model batches are
-            `ScoredPair`s.
+        model: has `get_output_embeddings()` and `config`. For an encoder-decoder model batches are `ScoredPair`s.
         chunked: never hold all logits; False asks the model for its logits.
         chunk: tokens whose logits exist at once.
 
@@ -163,30 +162,22 @@ class Objective:
         return behind.flatten() if head.bias is None else head.bias + behind.flatten()
 
     def _hidden(self, batch: Scored) -> Tensor:
-        base = self.model.base_model
-        if base is self.model:
-            with _stands_aside(self._head()) as given:
-                base(**self._arguments(batch))
-            if len(given) != 1:
-                raise ConfigError(
-                    f"the output head of {type(base).__name__} ran {len(given)} times in a forward, not once: "
-                    f"{_WAY_OUT}"
-                )
-            return given[0]
-        hidden = getattr(base(**self._arguments(batch)), "last_hidden_state", None)
-        if not isinstance(hidden, Tensor):
+        """What the head is given, (n, S, d)."""
+        with _stands_aside(self._head()) as given:
+            self.model(**self._arguments(batch))
+        if len(given) != 1:
             raise ConfigError(
-                f"{type(base).__name__}, the base of {type(self.model).__name__}, gives no last hidden state: "
-                f"{_WAY_OUT}"
+                f"the output head of {type(self.model).__name__} is called {len(given)} times in a forward, and the "
+                f"chunked loss needs what it is given in one call: {_WAY_OUT}"
             )
-        return hidden
+        return given[0]
 
     def _logits(self, batch: Scored) -> Tensor:
         logits: Tensor = self.model(**self._arguments(batch)).logits
         return logits
 
     def _arguments(self, batch: Scored) -> dict[str, Any]:
-        """What both the model and its base are called with."""
+        """What the model is called with."""
         arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         names = ["attention_mask", "position_ids"]
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
@@ -239,16 +230,19 @@ class _Short:
 
 @contextmanager
 def _stands_aside(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Let a head hand on what it is given instead of projecting it; yields what it was given."""
+    """Let a head keep what it is given instead of projecting it; yields what it was given.
+
+    It returns one zero of as many dimensions, to which a model can do what it does to logits.
+    """
     given: list[Tensor] = []
     attributes = head.__dict__
     own = attributes.get("forward")  # put there by whoever wraps a module's forward
 
-    def hand_on(x: Tensor) -> Tensor:
+    def keep(x: Tensor) -> Tensor:
         given.append(x)
-        return x
+        return x.new_zeros((1,) * x.dim())
 
-    attributes["forward"] = hand_on
+    attributes["forward"] = keep
     try:
         yield given
     finally:
