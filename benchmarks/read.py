@@ -89,7 +89,7 @@ class Row(Stepper):
     """A model with a method and an optimizer, ready to step; of a later epoch if it has a folder for hidden states."""
 
     def __init__(self, family: Family, name: str, shape: Shape, device: str, folder: Path | None = None) -> None:
-        self.device, self.folder, self.name = device, folder, name
+        self.device, self.cache = device, None
         model = family.model(shape).to(device)
         batch = family.batch(shape).to(device)
         self.arguments, labels = family.arguments(batch)
@@ -115,19 +115,10 @@ class Row(Stepper):
             adapter = trimtab.attach(model, METHODS[name](family.targets), dtype=torch.bfloat16)
             loss = ours(model)
             if folder is not None:
-                loss = self._cached(loss, adapter, {**self.arguments, "labels": labels}, folder)
+                self.cache = cache = trimtab.HiddenCache(adapter, folder)
+                loss = _within(cache, self.arguments if words else {**self.arguments, "labels": labels}, loss)
             super().__init__(loss, adapter.parameter_groups(lr=RATE), device=device)
         self.model.train()
-
-    def _cached(self, loss: Loss, adapter: trimtab.Adapter, batch: dict[str, Any], folder: Path) -> Loss:
-        """The loss with the hidden states that its first call stores, and later ones read."""
-        cache = trimtab.HiddenCache(adapter, folder)
-
-        def cached() -> torch.Tensor:
-            with cache.batch(batch):
-                return loss()
-
-        return cached
 
     def infer(self) -> None:
         """A forward of the batch without gradients."""
@@ -143,16 +134,24 @@ class Row(Stepper):
 
     def costs(self) -> RowCosts:
         """Inference first, while there is neither gradient nor optimizer state."""
-        inference = live_bytes(self.infer).peak if self.folder is None else 0
+        inference = live_bytes(self.infer).peak if self.cache is None else 0
         measured, allocated = asdict(super().costs()), None
         if torch.device(self.device).type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.step()
             allocated = torch.cuda.max_memory_allocated()
-        on_disk = 0 if self.folder is None else sum(file.stat().st_size for file in self.folder.rglob("*.*"))
-        return RowCosts(
-            **measured, saved=self.saved(), inference=inference, allocated=allocated, stored=on_disk / self.tokens
-        )
+        stored = 0.0 if self.cache is None else self.cache.size / self.tokens
+        return RowCosts(**measured, saved=self.saved(), inference=inference, allocated=allocated, stored=stored)
+
+
+def _within(cache: Any, batch: dict[str, Any], loss: Loss) -> Loss:
+    """The loss with the hidden states that its first call stores and later ones read."""
+
+    def cached() -> torch.Tensor:
+        with cache.batch(batch):
+            return loss()
+
+    return cached
 
 
 def shape_of(family: str, options: argparse.Namespace) -> Shape:
@@ -345,7 +344,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     options.rounds = 1 if options.quick else options.rounds
     print(f"{circumstances()}")
-    for family in (name for name in options.families if name in GENERATIVE):
+    generative = GENERATIVE if {"costs", "growth"} & set(options.tables) else ()
+    for family in (name for name in options.families if name in generative):
         print(f"\n{FAMILIES[family].describe}: {shape_of(family, options)}")
         if "costs" in options.tables:
             costs = {name: RowCosts(**ask(family, name, options)) for name in options.rows}

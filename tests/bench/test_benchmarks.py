@@ -152,6 +152,27 @@ def test_read_benchmark_prints_its_tables(script: ModuleType, capsys: pytest.Cap
     assert grown[2] == grown[3] == grown[4]
 
 
+@pytest.mark.skipif(not hasattr(trimtab, "HiddenCache"), reason="hidden states cannot be stored yet")
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("script", ["read"], indirect=True)
+def test_read_benchmark_prints_what_a_later_epoch_costs(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """For each model fewer FLOPs than the first epoch, from stored hidden states."""
+    script.main(["--quick", "--tables", "later", "--costs-alone"])
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| ")
+    ]
+    for family in FAMILIES.values():
+        first, later = (
+            next(line for line in lines if line[0] == f"{family.describe}: {row}")
+            for row in (script.READ, script.LATER)
+        )
+        assert float(later[2]) < 0.5 * float(first[2])  # of full training's FLOPs
+        assert first[5] == "-"
+        assert int(later[5].replace(",", "")) >= 2 * 2 * script.QUICK.hidden  # two layers in bf16
+
+
 #: LLaMA-130M's and T5-base's shapes with every width and the length an eighth as large: the ratios of FLOPs and of
 #: saved bytes stay what they are.
 EIGHTH = {"hidden": 96, "length": 32}
