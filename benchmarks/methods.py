@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,12 @@ import torch
 from torch import nn
 
 import trimtab
-from trimtab.bench.meters import count_flops, live_bytes, peak_resident, saved_bytes
+from trimtab.bench.meters import saved_bytes
 from trimtab.bench.runner import Timings, circumstances, interleave, markdown_table
+from trimtab.bench.steps import RATE, Costs, Stepper, apart, chunked_loss, own_loss, trained
 from trimtab.bench.synthetic import QUICK, Shape, random_batch, random_llama
-from trimtab.config import OptimConfig
-from trimtab.optim.build import build_optimizer
-from trimtab.train.objective import Objective
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RATE = 1e-4
 TOKENS = 2048  # of what is counted
 STEPS = 1000  # of the run that AdaLoRA plans for
 
@@ -200,79 +197,41 @@ def saved_table(quick: bool) -> str:
 # -- a training step ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What one row holds and does; the same on every run."""
-
-    peak_live: int
-    flops: int
-    trainable: int
-
-
-class Row:
+class Row(Stepper):
     """A model with a method and an optimizer, ready to step.
 
     `name` is "trimtab ...", "peft ..." or "peft ..., our loss", then the method; with "QLoRA" the base is in 4 bits.
     """
 
-    def __init__(self, name: str, shape: Shape, rank: int) -> None:
-        self.batch = random_batch(shape)
+    def __init__(self, name: str, shape: Shape, rank: int, device: str = "cpu") -> None:
+        batch = random_batch(shape).to(device)
         whose, _, row = name.partition(" ")
         chunked, row = row.endswith(", our loss"), row.removesuffix(", our loss")
         if row.startswith("QLoRA"):
-            model = quantised(shape, whose == "peft")
+            model = quantised(shape, whose == "peft", device)
             row = PAIRS[0]
         else:
-            model = random_llama(shape)
-        self.adapter: trimtab.Adapter | None = None
-        objective, ids = Objective(model), self.batch.input_ids
-        tokens = int((self.batch.labels >= 0).sum())
+            model = random_llama(shape).to(device)
         if whose == "trimtab":
-            self.adapter = trimtab.attach(model, ours(row, TARGETS, rank), dtype=torch.bfloat16)
-            objective, chunked = Objective(model), True
-            groups = self.adapter.parameter_groups(lr=RATE)
+            adapter = trimtab.attach(model, ours(row, TARGETS, rank), dtype=torch.bfloat16)
+            groups, after = adapter.parameter_groups(lr=RATE), adapter.after_step
+            super().__init__(chunked_loss(model, batch), groups, device=device, extra=adapter.extra_loss, after=after)
         else:
             import peft
 
-            model = peft.get_peft_model(model, theirs(row, TARGETS, rank))
-            groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-        if chunked:
-            objective.check(self.batch)
-            self.loss: Callable[[], torch.Tensor] = lambda: objective(self.batch) / tokens
-        else:
-            self.loss = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
-        # AdaLoRA in peft is driven by its user.
-        self.allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = build_optimizer(OptimConfig(lr=RATE), groups, "cpu")
-        self.steps = 0
+            wrapped, ids = peft.get_peft_model(model, theirs(row, TARGETS, rank)), batch.input_ids
+            own = own_loss(wrapped, input_ids=ids, labels=ids, use_cache=False)
+            super().__init__(chunked_loss(model, batch) if chunked else own, trained(wrapped), device=device)
+            # AdaLoRA in peft is driven by its user.
+            if allocate := getattr(wrapped.base_model, "update_and_allocate", None):
+                self.after = lambda step, _: allocate(step)
+            model = wrapped
         model.train()
 
-    def step(self) -> float:
-        """Zero, forward, backward, update, and what the method does between two steps."""
-        self.optimizer.zero_grad()
-        loss = self.loss()
-        extra = None if self.adapter is None else self.adapter.extra_loss()
-        (loss if extra is None else loss + extra).backward()
-        self.optimizer.step()
-        self.steps += 1
-        if self.adapter is not None:
-            self.adapter.after_step(self.steps, self.optimizer)
-        elif self.allocate is not None:
-            self.allocate(self.steps)
-        return loss.item()
 
-    def costs(self) -> Costs:
-        """Measured after two steps, so that the optimizer's state exists."""
-        for _ in range(2):
-            self.step()
-        flops, peak = count_flops(self.step), live_bytes(self.step).peak
-        return Costs(peak, flops, sum(parameter.numel() for parameter in self.parameters))
-
-
-def quantised(shape: Shape, bitsandbytes: bool) -> Any:
+def quantised(shape: Shape, bitsandbytes: bool, device: str) -> Any:
     """The LLaMA with its blocks in NF4: ours, or transformers' with bitsandbytes' layers."""
-    model = random_llama(shape)
+    model = random_llama(shape).to(device)
     if not bitsandbytes:
         trimtab.quantize(model, "nf4", double=True)
         return model
@@ -286,25 +245,15 @@ def quantised(shape: Shape, bitsandbytes: bool) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=bits, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=bits, dtype=torch.bfloat16, device_map=None if device == "cpu" else device
+        )
 
 
 def costs_apart(name: str, sequences: int, options: argparse.Namespace) -> Costs:
     """The costs of a row, measured in a process of its own; or as `--costs` has them from before."""
-    known = json.loads(options.costs.read_text()) if options.costs and options.costs.exists() else {}
-    key = f"{name} at {sequences} sequences"
-    if key not in known:
-        known[key] = asdict(measured_costs(name, sequences, options))
-        if options.costs:
-            options.costs.write_text(json.dumps(known, indent=1))
-    return Costs(**known[key])
-
-
-def measured_costs(name: str, sequences: int, options: argparse.Namespace) -> Costs:
-    print(f"measuring the costs of {name}", file=sys.stderr)
-    script = [Path(__file__).resolve(), "--row", name, "--sequences", str(sequences)]
-    _, printed = peak_resident([*script, *(["--quick"] if options.quick else [])])
-    return Costs(**json.loads(printed.splitlines()[-1]))
+    row = ["--row", name, "--sequences", str(sequences), "--device", options.device]
+    return Costs(**apart(Path(__file__).resolve(), [*row, *(["--quick"] if options.quick else [])], options.costs))
 
 
 def step_table(names: list[tuple[str, str | None]], shape: Shape, rank: int, options: argparse.Namespace) -> str:
@@ -313,7 +262,7 @@ def step_table(names: list[tuple[str, str | None]], shape: Shape, rank: int, opt
     if options.costs_alone:
         return "timed nothing"
     print(f"timing {options.rounds} rounds after a warm-up", file=sys.stderr)
-    programs = {name: Row(name, shape, rank).step for name, _ in names}
+    programs = {name: Row(name, shape, rank, options.device).step for name, _ in names}
     clock = time.process_time if options.cpu_time else time.perf_counter
     times: Timings = interleave(programs, rounds=options.rounds, clock=clock)
     lines = []
@@ -356,13 +305,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of one thread instead of wall time")
     parser.add_argument("--costs", type=Path, help="a JSON file that keeps peak bytes and FLOPs from run to run")
     parser.add_argument("--costs-alone", action="store_true", help="fill that file, and time nothing")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for the steps")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--sequences", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     shape, rank = (QUICK, 32) if options.quick else (Shape(), 256)
     if options.row:
         shape = replace(shape, sequences=options.sequences or shape.sequences)
-        print(json.dumps(asdict(Row(options.row, shape, rank).costs())))
+        print(json.dumps(asdict(Row(options.row, shape, rank, options.device).costs())))
         return
     if options.cpu_time:
         torch.set_num_threads(1)

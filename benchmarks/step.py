@@ -4,6 +4,7 @@
     python benchmarks/step.py --quick         # a toy shape, to see that it runs
     python benchmarks/step.py --profile       # also: what the time of each row is spent on
     python benchmarks/step.py --cpu-time      # CPU seconds of one thread: for a machine that others use, too
+    python benchmarks/step.py --device cuda   # on a GPU, where the profile's kinds of operators do not fit
 
 Hidden 768, 12 layers, 12 heads, intermediate 2048, V = 32,000; batch 8 x 256 random tokens, bf16, AdamW
 (fused), every row from the same bf16 model. Adapters sit on q, k, v, o, gate, up and down.
@@ -36,15 +37,12 @@ from typing import Any
 import torch
 
 import trimtab
-from trimtab.bench.meters import count_flops, live_bytes, own_peak_resident, peak_resident
+from trimtab.bench.meters import own_peak_resident
 from trimtab.bench.runner import Timings, circumstances, interleave, markdown_table
-from trimtab.bench.synthetic import QUICK, Shape, random_batch, random_llama
-from trimtab.config import OptimConfig
-from trimtab.optim.build import build_optimizer
-from trimtab.train.objective import Objective
+from trimtab.bench.steps import RATE, Costs, Loss, Stepper, apart, chunked_loss, own_loss, trained
+from trimtab.bench.synthetic import QUICK, Batch, Shape, random_batch, random_llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RATE = 1e-4
 FULL, TRIMTAB_FULL, RELORA = "full, plain PyTorch", "trimtab full", "trimtab ReLoRA r=128"
 PEFT = {rank: f"peft LoRA r={rank}" for rank in (8, 128)}
 LORA = {rank: f"trimtab LoRA r={rank}" for rank in (8, 128)}
@@ -56,68 +54,29 @@ RESTART = "one restart"
 
 
 @dataclass(frozen=True)
-class Costs:
+class RowCosts(Costs):
     """What one row holds and does; resident memory aside, the same on every run."""
 
-    peak_live: int
     resident: int
-    flops: int
-    trainable: int
     head_trains: bool
 
 
-class Row:
+class Row(Stepper):
     """A model with a method and an optimizer, ready to step."""
 
-    def __init__(self, name: str, shape: Shape) -> None:
-        model = random_llama(shape)
-        self.batch = random_batch(shape)
-        self.steps = 0
+    def __init__(self, name: str, shape: Shape, device: str = "cpu") -> None:
+        model = random_llama(shape).to(device)
+        batch = random_batch(shape).to(device)
         self.adapter: trimtab.Adapter | None = None
-        self.loss: Callable[[], torch.Tensor]
-        groups = self._plain(model, name) if name in PLAIN else self._trimtab(model, name)
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        if name in PLAIN:
+            loss, groups = _plain(model, batch, name)
+        else:
+            self.adapter = trimtab.attach(model, _method(name), dtype=torch.bfloat16)
+            loss, groups = chunked_loss(model, batch), self.adapter.parameter_groups(lr=RATE)
+        super().__init__(loss, groups, device=device)
         head = model.get_output_embeddings().weight
         self.head_trains = any(parameter is head for parameter in self.parameters)
-        self.optimizer = build_optimizer(OptimConfig(lr=RATE), groups, "cpu")
         model.train()
-
-    def _plain(self, model: Any, name: str) -> list[dict[str, Any]]:
-        objective, ids = Objective(model), self.batch.input_ids
-        if name in RANK:
-            import peft
-
-            model = peft.get_peft_model(model, peft.LoraConfig(r=RANK[name], target_modules=list(TARGETS)))
-        if name in (FULL_CHUNKED, PEFT_CHUNKED):
-            tokens = int((self.batch.labels >= 0).sum())
-            self.loss = lambda: objective(self.batch) / tokens
-        else:
-            self.loss = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
-        return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
-
-    def _trimtab(self, model: Any, name: str) -> list[dict[str, Any]]:
-        method: trimtab.Method
-        if name == TRIMTAB_FULL:
-            method = trimtab.Full()
-        elif name == RELORA:
-            method = trimtab.ReLoRA(rank=RANK[name], targets=TARGETS, restart_every=1)
-        else:
-            method = trimtab.LoRA(rank=RANK[name], alpha=8, targets=TARGETS)
-        self.adapter = trimtab.attach(model, method, dtype=torch.bfloat16)
-        objective = Objective(model)
-        objective.check(self.batch)
-        tokens = int((self.batch.labels >= 0).sum())
-        self.loss = lambda: objective(self.batch) / tokens
-        return self.adapter.parameter_groups(lr=RATE)
-
-    def step(self) -> float:
-        """Zero, forward, backward, update."""
-        self.optimizer.zero_grad()
-        loss = self.loss()
-        loss.backward()
-        self.optimizer.step()
-        self.steps += 1
-        return loss.item()
 
     def restart(self) -> None:
         """Merge, draw anew, reset: the method restarts at every step that this is called after."""
@@ -125,39 +84,51 @@ class Row:
         report = self.adapter.after_step(self.steps, self.optimizer)
         assert [event["event"] for event in report.events] == ["restart"], report
 
-    def costs(self) -> Costs:
-        """Measured after two steps, so that the optimizer's state exists."""
-        for _ in range(2):
-            self.step()
-        return Costs(
-            resident=own_peak_resident(),
-            flops=count_flops(self.step),
-            peak_live=live_bytes(self.step).peak,
-            trainable=sum(parameter.numel() for parameter in self.parameters),
-            head_trains=self.head_trains,
-        )
+    def costs(self) -> RowCosts:
+        """As of any step, and the resident memory at the end of it."""
+        measured = super().costs()
+        return RowCosts(**asdict(measured), resident=own_peak_resident(), head_trains=self.head_trains)
 
 
-def costs_apart(name: str, quick: bool) -> Costs:
+def _plain(model: Any, batch: Batch, name: str) -> tuple[Loss, list[dict[str, Any]]]:
+    called = model
+    if name in RANK:
+        import peft
+
+        called = peft.get_peft_model(model, peft.LoraConfig(r=RANK[name], target_modules=list(TARGETS)))
+    if name in (FULL_CHUNKED, PEFT_CHUNKED):
+        return chunked_loss(model, batch), trained(called)
+    ids = batch.input_ids
+    return own_loss(called, input_ids=ids, labels=ids, use_cache=False), trained(called)
+
+
+def _method(name: str) -> trimtab.Method:
+    if name == TRIMTAB_FULL:
+        return trimtab.Full()
+    if name == RELORA:
+        return trimtab.ReLoRA(rank=RANK[name], targets=TARGETS, restart_every=1)
+    return trimtab.LoRA(rank=RANK[name], alpha=8, targets=TARGETS)
+
+
+def costs_apart(name: str, options: argparse.Namespace) -> RowCosts:
     """The costs of a row, measured in a process of its own."""
-    print(f"measuring the costs of {name}", file=sys.stderr)
-    _, printed = peak_resident([Path(__file__).resolve(), "--row", name, *(["--quick"] if quick else [])])
-    return Costs(**json.loads(printed.splitlines()[-1]))
+    quick = ["--quick"] if options.quick else []
+    return RowCosts(**apart(Path(__file__).resolve(), ["--row", name, "--device", options.device, *quick]))
 
 
-def measure_times(names: list[str], shape: Shape, rounds: int, clock: Callable[[], float]) -> Timings:
+def measure_times(names: list[str], shape: Shape, rounds: int, clock: Callable[[], float], device: str) -> Timings:
     """All rows in one process, interleaved; a restart follows the ReLoRA row's step."""
     print(f"timing {rounds} rounds after a warm-up", file=sys.stderr)
     programs: dict[str, Callable[[], object]] = {}
     for name in names:
-        row = Row(name, shape)
+        row = Row(name, shape, device)
         programs[name] = row.step
         if name == RELORA:
             programs[RESTART] = row.restart
     return interleave(programs, rounds=rounds, clock=clock)
 
 
-def cost_table(costs: dict[str, Costs], times: Timings) -> str:
+def cost_table(costs: dict[str, RowCosts], times: Timings) -> str:
     def ratio(name: str, other: str | None) -> str:
         return times.shown(name, other) if other in costs else "-"
 
@@ -197,7 +168,7 @@ KINDS = {
 }
 
 
-def profile_table(names: list[str], shape: Shape) -> str:
+def profile_table(names: list[str], shape: Shape, device: str) -> str:
     """Seconds of one more step under the profiler, by kind of operator: each one's own time on the CPU.
 
     A rough split: the profiler slows a step, and does not see work that runs under no operator of torch's (the
@@ -206,7 +177,7 @@ def profile_table(names: list[str], shape: Shape) -> str:
     lines = []
     kind_of = {operator: kind for kind, operators in KINDS.items() for operator in operators}
     for name in names:
-        row = Row(name, shape)
+        row = Row(name, shape, device)
         row.step()
         begin = time.perf_counter()
         with torch.profiler.profile() as recorded:
@@ -227,24 +198,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="; ".join(ROWS))
     parser.add_argument("--profile", action="store_true", help="also print what each row's time is spent on")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of one thread instead of wall time")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     shape = QUICK if options.quick else Shape()
     if options.row:
-        print(json.dumps(asdict(Row(options.row, shape).costs())))
+        print(json.dumps(asdict(Row(options.row, shape, options.device).costs())))
         return
-    costs = {name: costs_apart(name, options.quick) for name in options.rows}
+    costs = {name: costs_apart(name, options) for name in options.rows}
     if options.cpu_time:
         torch.set_num_threads(1)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    times = measure_times(options.rows, shape, 1 if options.quick else options.rounds, clock)
+    times = measure_times(options.rows, shape, 1 if options.quick else options.rounds, clock, options.device)
     print(f"{shape}; {circumstances()}\n")
     print(cost_table(costs, times))
     if RELORA in options.rows:
         restart, share = times.median(RESTART), times.ratio(RESTART, RELORA)
         print(f"\nOne restart of ReLoRA takes {restart:.3f} s: {share:.2f} of its training step.")
     if options.profile:
-        print(f"\n{profile_table(options.rows, shape)}")
+        print(f"\n{profile_table(options.rows, shape, options.device)}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+import trimtab
+from trimtab.bench.meters import count_flops
+from trimtab.bench.synthetic import FAMILIES
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -134,3 +144,100 @@ def test_grouped_layers_compute_what_separate_ones_do(script: ModuleType, monkey
         for ours, theirs in zip(found, [*outs, *grads], strict=True):
             assert (ours - theirs).float().norm() < 0.02 * theirs.float().norm()
     assert len(script.table(script.QUICK, 32, 1).splitlines()) == 3
+
+
+@pytest.fixture
+def at_once(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs are measured in this process."""
+
+    def apart(file: Path, arguments: list[str], known: Path | None) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            script.main(arguments)
+        return json.loads(printed.getvalue())
+
+    monkeypatch.setattr(script, "apart", apart)
+
+
+@needs_peft
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("script", ["read"], indirect=True)
+def test_every_row_of_the_read_benchmark_trains(script: ModuleType, family: str) -> None:
+    """Each row steps to a smaller loss, and those that start at the base start at one loss."""
+    elsewhere = ("prompt, 16", script.AUTHORS)
+    starts = {}
+    for name in script.ROWS:
+        row = script.Row(FAMILIES[family], name, script.QUICK, "cpu")
+        row.infer()
+        starts[name] = row.step()
+        losses = [row.step() for _ in range(4)]
+        in_bf16 = family == "t5" and name in (script.PEFT, script.PLAIN)  # T5's own loss, too coarse to see it move
+        assert losses[-1] < starts[name] or in_bf16, name
+        assert all(parameter.grad is not None for parameter in row.parameters), name
+    kept = [start for name, start in starts.items() if name not in elsewhere]
+    assert max(kept) - min(kept) < 4e-2, starts
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("script", ["read"], indirect=True)
+def test_read_benchmark_prints_its_tables(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Costs, times, aims and growth; READ's parameters do not grow with the depth."""
+    script.main(["--quick", "--families", "t5", "--rows", script.FULL, script.READ, "--tables", "costs", "growth"])
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| ")
+    ]
+    costs, times = (line for line in lines if line[0] == script.READ and line[1] != "trained, K" and len(line) > 4)
+    assert 0.0 < float(costs[3]) < 0.3  # of full training's saved bytes
+    assert costs[4] == "-"  # no row of peft's to compare with
+    assert float(times[1]) > 0.0
+    assert [line[-1] in ("yes", "no") for line in lines if line[0].endswith(" / full")] == [True] * 3
+    grown = next(line for line in lines if line[:2] == [script.READ, "trained, K"])
+    assert grown[2] == grown[3] == grown[4]
+
+
+@pytest.mark.skipif(not hasattr(trimtab, "HiddenCache"), reason="hidden states cannot be stored yet")
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("script", ["read"], indirect=True)
+def test_read_benchmark_prints_what_a_later_epoch_costs(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """For each model fewer FLOPs than the first epoch, from stored hidden states."""
+    script.main(["--quick", "--tables", "later", "--costs-alone"])
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| ")
+    ]
+    for family in FAMILIES.values():
+        first, later = (
+            next(line for line in lines if line[0] == f"{family.describe}: {row}")
+            for row in (script.READ, script.LATER)
+        )
+        assert float(later[2]) < 0.5 * float(first[2])  # of full training's FLOPs
+        assert first[5] == "-"
+        assert int(later[5].replace(",", "")) >= 2 * 2 * script.QUICK.hidden  # two layers in bf16
+
+
+#: LLaMA-130M's and T5-base's shapes with every width and the length an eighth as large: the ratios of FLOPs and of
+#: saved bytes stay what they are.
+EIGHTH = {"hidden": 96, "length": 32}
+
+
+@pytest.mark.parametrize(("family", "flops"), [("llama", 0.44), ("t5", 0.40)])
+@pytest.mark.parametrize("script", ["read"], indirect=True)
+def test_costs_of_read_stay_within_what_the_docs_say(
+    script: ModuleType, family: str, flops: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved bytes at most 0.10 of full training's and 0.25 of LoRA's; FLOPs of a step 0.44 and 0.40 of full's."""
+    whole = FAMILIES[family]
+    smaller = replace(whole.shape, **EIGHTH, intermediate=whole.shape.intermediate // 8, words=whole.shape.words // 8)
+    methods: dict[str, Callable[[Any], trimtab.Method]] = {
+        script.LORA: lambda targets: trimtab.LoRA(rank=1, alpha=1, targets=targets),
+        script.READ: lambda _: trimtab.READ(size=16),
+    }
+    for name, method in methods.items():
+        monkeypatch.setitem(script.METHODS, name, method)
+    rows = {name: script.Row(whole, name, smaller, "cpu") for name in (script.FULL, script.LORA, script.READ)}
+    saved = {name: row.saved() for name, row in rows.items()}
+    assert saved[script.READ] <= 0.10 * saved[script.FULL]
+    assert saved[script.READ] <= 0.25 * saved[script.LORA]
+    assert count_flops(rows[script.READ].step) <= flops * count_flops(rows[script.FULL].step)

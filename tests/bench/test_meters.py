@@ -145,6 +145,20 @@ def test_flops_of_each_kind_of_product(run: Any, flops: int) -> None:
     assert count_flops(run) == flops
 
 
+@pytest.mark.parametrize("heads", [4, 2])
+def test_flops_of_fused_attention(heads: int) -> None:
+    """The CPU's fused attention counts as those of CUDA do: two products forward, five backward."""
+    q = torch.ones(2, 4, 16, 8, requires_grad=True)
+    k, v = (torch.ones(2, heads, 32, 8, requires_grad=True) for _ in range(2))
+    product = 2 * 2 * 4 * 16 * 32 * 8
+
+    def attend() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=heads != 4)
+
+    assert count_flops(attend) == 2 * product
+    assert count_flops(lambda: attend().sum().backward()) == 7 * product
+
+
 def test_peak_resident_memory_of_a_script(tmp_path: Path) -> None:
     """A script that touches 64 MiB peaks 64 MiB above one that does not, and its output comes back."""
     script = tmp_path / "script.py"

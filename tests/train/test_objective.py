@@ -57,14 +57,57 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 }
 
 
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    **{f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in (("layers", 2), ("ffn_dim", 48))},
+    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+    "max_position_embeddings": 128,
+}
+PAIRED: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "t5 (scaled before)": lambda: transformers.T5Config(**T5, decoder_start_token_id=0),
+    "t5 v1.1 (not scaled)": lambda: transformers.T5Config(
+        **T5, decoder_start_token_id=0, tie_word_embeddings=False, feed_forward_proj="gated-gelu"
+    ),
+    "bart (bias behind)": lambda: transformers.BartConfig(**BART),
+    "marian (bias behind)": lambda: transformers.MarianConfig(
+        **BART, pad_token_id=0, eos_token_id=0, decoder_start_token_id=0
+    ),
+}
+
+
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A small model with random weights and a random head bias where it has one."""
     torch.manual_seed(0)
+    if name in PAIRED:
+        model = transformers.AutoModelForSeq2SeqLM.from_config(PAIRED[name]()).to(dtype).eval()
+        if hasattr(model, "final_logits_bias"):
+            nn.init.normal_(model.final_logits_bias)
+        return model
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name]()).to(dtype).eval()
     head = model.get_output_embeddings()
     if head.bias is not None:
         nn.init.normal_(head.bias)
     return model
+
+
+@dataclass
+class PairBatch(Batch):
+    decoder_input_ids: Tensor | None = None
+    decoder_attention_mask: Tensor | None = None
+
+
+def paired_batch(model: Any, source: int = 90, target: int = 70) -> PairBatch:
+    """Two pairs, the second with padding on both sides."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (2, source), generator=generator)
+    labels = torch.randint(3, VOCABULARY, (2, target), generator=generator)
+    mask, decoder_mask = torch.ones(2, source, dtype=torch.long), torch.ones(2, target, dtype=torch.long)
+    mask[1, -10:], decoder_mask[1, -5:] = 0, 0
+    decoder = model.prepare_decoder_input_ids_from_labels(labels)
+    labels[1, -5:] = -100
+    return PairBatch(ids, labels, mask, None, decoder, decoder_mask)
 
 
 def batch(length: int = 20) -> Batch:
@@ -99,10 +142,59 @@ def test_chunked_objective_equals_the_models_own_loss(name: str) -> None:
         torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PAIRED)
+def test_chunked_objective_of_pairs_equals_the_models_own_loss(name: str) -> None:
+    """Encoder-decoder models: value and every gradient are those of the model called with labels."""
+    model = build(name)
+    data = paired_batch(model)
+    names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels")
+    expected = model(**{name: getattr(data, name) for name in names}).loss * (data.labels >= 0).sum()
+    expected.backward()
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+    for chunked in (True, False):
+        model.zero_grad()
+        objective = Objective(model, chunked=chunked, chunk=7)
+        objective.check(data)
+        actual = objective(data)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        actual.backward()
+        for key, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-4, msg=key)
+    assert "forward" not in model.get_output_embeddings().__dict__
+
+
+@pytest.mark.parametrize("name", ["llama", "bart (bias behind)", "t5 (scaled before)"])
+def test_model_is_called_whole_and_its_logits_are_never_formed(name: str) -> None:
+    """Hooks on the model see the call; the head's own forward does not run, and is there again afterwards."""
+    model = build(name)
+    data = paired_batch(model) if name in PAIRED else batch()
+    head, projected, called = model.get_output_embeddings(), [], []
+
+    def wrapped(x: Tensor) -> Tensor:
+        projected.append(x.shape)
+        return F.linear(x, head.weight)
+
+    head.forward = wrapped
+    model.register_forward_hook(lambda *_: called.append(1))
+    Objective(model)(data)
+    assert called
+    assert not projected
+    assert head.forward is wrapped
+    Objective(model, chunked=False)(data)
+    assert projected == [(*data.labels.shape, 32)]
+
+
+def test_batch_of_an_encoder_decoder_needs_the_decoders_tokens() -> None:
+    """A batch for a causal model is refused, with the way out."""
+    with pytest.raises(ConfigError, match="no decoder_input_ids: give it the labels shifted to the right"):
+        Objective(build("t5 (scaled before)"))(batch())
+
+
+@pytest.mark.parametrize("name", [*MODELS, *PAIRED])
 def test_check_agrees_in_bf16(name: str) -> None:
     """A model that rounds its logits to bf16 passes the check."""
-    Objective(build(name, torch.bfloat16)).check(batch(100))
+    model = build(name, torch.bfloat16)
+    Objective(model).check(paired_batch(model) if name in PAIRED else batch(100))
 
 
 def test_head_may_be_fp32_beside_bf16_hidden_states() -> None:
@@ -200,6 +292,14 @@ def test_adapted_head_is_refused_before_it_trains() -> None:
     Objective(model, chunked=False)(batch()).backward()
 
 
+def test_head_that_does_not_run_is_refused() -> None:
+    """The head's input is what counts, so a model that does not call what it names as its head is refused."""
+    model = build("llama")
+    model.get_output_embeddings = lambda: nn.Linear(32, VOCABULARY)
+    with pytest.raises(ConfigError, match=r"called 0 times in a forward.*set loss.chunked=false"):
+        Objective(model)(batch())
+
+
 @pytest.mark.parametrize(("head", "says"), [(nn.Sequential(), "type Sequential"), (None, "no output head")])
 def test_head_that_is_not_linear_is_refused(head: nn.Module | None, says: str) -> None:
     """Another kind of head, or none, is a ConfigError that offers the way out."""
@@ -207,11 +307,3 @@ def test_head_that_is_not_linear_is_refused(head: nn.Module | None, says: str) -
     model.get_output_embeddings = lambda: head
     with pytest.raises(ConfigError, match=rf"{says}.*set loss.chunked=false"):
         Objective(model)
-
-
-def test_base_without_hidden_states_is_refused() -> None:
-    """A model whose base gives something else is named."""
-    model = build("llama")
-    model.base_model_prefix = "absent"  # the base is then the whole model, which gives logits
-    with pytest.raises(ConfigError, match=r"no last hidden state.*set loss.chunked=false"):
-        Objective(model).check(batch())

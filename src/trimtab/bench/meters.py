@@ -181,8 +181,27 @@ def _in_place_matrix_vector(_: Any, matrix: Sequence[int], *args: Any, **kwargs:
     return 2 * math.prod(matrix)
 
 
-# torch's counter knows mm, addmm, bmm and baddbmm, but not their in-place forms, which hand-written backwards use.
+def _scores(query: Sequence[int], key: Sequence[int]) -> int:
+    """FLOPs of q k' over all heads of the queries (B, H, Q, E), for keys (B, G, K, E)."""
+    return 2 * math.prod(query) * int(key[2])
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return _scores(query, key) + _scores((*query[:3], value[3]), key)
+
+
+def _attention_backward(
+    _: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    """The scores again and the gradients of q and k; the gradients of the probabilities and of v: torch's rule."""
+    return 3 * _scores(query, key) + 2 * _scores((*query[:3], value[3]), key)
+
+
+# torch's counter knows mm, addmm, bmm and baddbmm, but not their in-place forms, which hand-written backwards use;
+# and the fused attentions of CUDA, but not the CPU's.
 _MORE_PRODUCTS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     torch.ops.aten.addmm_: _in_place_product,
     torch.ops.aten.baddbmm_: _in_place_product,
     torch.ops.aten.mv: _matrix_vector,

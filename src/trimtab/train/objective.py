@@ -1,9 +1,11 @@
-"""From a batch to a loss: the sum of token losses of a causal language model.
+"""From a batch to a loss: the sum of token losses of a language model, causal or encoder-decoder.
 
-The chunked form runs the model's base for hidden states and hands them, with the output head's
-weight, to `linear_cross_entropy`, so that logits never exist whole. What a model does to its logits
-beyond the head is read from its config (a cap as in Gemma 2, a scale as in Cohere and Granite), and
-`Objective.check` compares the result with the model's own logits before anything trains on it.
+The chunked form calls the model with its output head standing aside: what the head is given goes, with
+its weight, to `linear_cross_entropy`, so that logits never exist whole. The model is called as a whole,
+so whoever listens to its calls hears of them. What it does to its logits beyond the head is read from its
+config (a cap as in Gemma 2, a scale as in Cohere and Granite) or from the model (a bias of BART's and
+Marian's), and `Objective.check` compares the result with the model's own logits before anything trains
+on it.
 """
 
 from __future__ import annotations
@@ -46,11 +48,25 @@ class Scored(Protocol):
     def position_ids(self) -> Tensor | None: ...
 
 
+class ScoredPair(Scored, Protocol):
+    """What it reads of a batch of an encoder-decoder model.
+
+    `input_ids` and `attention_mask` (n, S) are the encoder's; `decoder_input_ids` (n, T) is what the decoder reads
+    where `labels` (n, T) are due (transformers' models make it by shifting labels to the right);
+    `decoder_attention_mask` (n, T) or None. `position_ids` are not used.
+    """
+
+    @property
+    def decoder_input_ids(self) -> Tensor: ...
+    @property
+    def decoder_attention_mask(self) -> Tensor | None: ...
+
+
 class Objective:
-    """The loss of a transformers causal language model.
+    """The loss of a transformers language model, causal or encoder-decoder.
 
     Args:
-        model: has `base_model`, `get_output_embeddings()` and `config`.
+        model: has `get_output_embeddings()` and `config`. For an encoder-decoder model batches are `ScoredPair`s.
         chunked: never hold all logits; False asks the model for its logits.
         chunk: tokens whose logits exist at once.
 
@@ -88,11 +104,12 @@ class Objective:
         if not self.chunked:
             return
         short = _Short(batch, _CHECK_TOKENS)
-        devices = [short.input_ids.device] if short.input_ids.device.type == "cuda" else []
+        devices = [short.labels.device] if short.labels.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices), _eval_mode(self.model):
             hidden = self._hidden(short)
             logits = self._logits(short).float()
-            self._compare(hidden, logits, short.input_ids)
+            targets = short.input_ids if short.decoder_input_ids is None else short.decoder_input_ids
+            self._compare(hidden, logits, targets)
             largest = float(logits.abs().max())
             if 0.0 < largest < _CHECK_LOGITS:
                 factor = 2.0 ** round(torch.tensor(_CHECK_LOGITS / largest).log2().item())
@@ -101,7 +118,7 @@ class Objective:
                     raised = self._logits(short).float()
                 finally:
                     handle.remove()
-                self._compare(hidden * factor, raised, short.input_ids)
+                self._compare(hidden * factor, raised, targets)
 
     def _compare(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> None:
         words = self._head().weight.shape[0]
@@ -129,7 +146,7 @@ class Objective:
             hidden,
             head.weight,
             labels,
-            bias=head.bias,
+            bias=self._bias(head),
             ignore_index=IGNORED,
             reduction=reduction,
             softcap=self.softcap,
@@ -137,19 +154,41 @@ class Objective:
             chunk=self.chunk,
         )
 
+    def _bias(self, head: nn.Linear) -> Tensor | None:
+        """What is added to each word's logit: the head's bias, and what BART and its like add behind the head."""
+        behind = getattr(self.model, "final_logits_bias", None)
+        if not isinstance(behind, Tensor):
+            return head.bias
+        return behind.flatten() if head.bias is None else head.bias + behind.flatten()
+
     def _hidden(self, batch: Scored) -> Tensor:
-        base = self.model.base_model
-        hidden = getattr(base(**_arguments(batch)), "last_hidden_state", None)
-        if not isinstance(hidden, Tensor):
+        """What the head is given, (n, S, d)."""
+        with _stands_aside(self._head()) as given:
+            self.model(**self._arguments(batch))
+        if len(given) != 1:
             raise ConfigError(
-                f"{type(base).__name__}, the base of {type(self.model).__name__}, gives no last hidden state: "
-                f"{_WAY_OUT}"
+                f"the output head of {type(self.model).__name__} is called {len(given)} times in a forward, and the "
+                f"chunked loss needs what it is given in one call: {_WAY_OUT}"
             )
-        return hidden
+        return given[0]
 
     def _logits(self, batch: Scored) -> Tensor:
-        logits: Tensor = self.model(**_arguments(batch)).logits
+        logits: Tensor = self.model(**self._arguments(batch)).logits
         return logits
+
+    def _arguments(self, batch: Scored) -> dict[str, Any]:
+        """What the model is called with."""
+        arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        names = ["attention_mask", "position_ids"]
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            names = ["attention_mask", "decoder_input_ids", "decoder_attention_mask"]
+            if getattr(batch, "decoder_input_ids", None) is None:
+                raise ConfigError(
+                    f"{type(self.model).__name__} reads with an encoder and writes with a decoder, and the batch has "
+                    "no decoder_input_ids: give it the labels shifted to the right"
+                )
+        given = ((name, getattr(batch, name, None)) for name in names)
+        return arguments | {name: value for name, value in given if value is not None}
 
     def _head(self) -> nn.Linear:
         """The head as it is now; the end of a warm start may have made another of it.
@@ -175,23 +214,42 @@ class _Short:
     """The first tokens of a batch's first sequence."""
 
     def __init__(self, batch: Scored, tokens: int) -> None:
+        def cut(name: str) -> Tensor | None:
+            value: Tensor | None = getattr(batch, name, None)
+            return None if value is None else value[:1, ..., :tokens]
+
         self.input_ids = batch.input_ids[:1, :tokens]
         self.labels = batch.labels[:1, :tokens]
-        mask = batch.attention_mask
-        self.attention_mask = None if mask is None else mask[:1, ..., :tokens]
+        self.attention_mask = cut("attention_mask")
         if self.attention_mask is not None and self.attention_mask.dim() == 4:
             self.attention_mask = self.attention_mask[:, :, :tokens]
-        self.position_ids = None if batch.position_ids is None else batch.position_ids[:1, :tokens]
+        self.position_ids = cut("position_ids")
+        self.decoder_input_ids = cut("decoder_input_ids")
+        self.decoder_attention_mask = cut("decoder_attention_mask")
 
 
-def _arguments(batch: Scored) -> dict[str, Any]:
-    """What both the model and its base are called with."""
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.attention_mask is not None:
-        arguments["attention_mask"] = batch.attention_mask
-    if batch.position_ids is not None:
-        arguments["position_ids"] = batch.position_ids
-    return arguments
+@contextmanager
+def _stands_aside(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Let a head keep what it is given instead of projecting it; yields what it was given.
+
+    It returns one zero of as many dimensions, to which a model can do what it does to logits.
+    """
+    given: list[Tensor] = []
+    attributes = head.__dict__
+    own = attributes.get("forward")  # put there by whoever wraps a module's forward
+
+    def keep(x: Tensor) -> Tensor:
+        given.append(x)
+        return x.new_zeros((1,) * x.dim())
+
+    attributes["forward"] = keep
+    try:
+        yield given
+    finally:
+        if own is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = own
 
 
 def _logit_settings(model: Any) -> tuple[float | None, float]:
