@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 import trimtab
-from trimtab.bench.meters import saved_bytes
+from trimtab.bench.meters import count_flops, saved_bytes
 from trimtab.bench.runner import Timings, circumstances, interleave, markdown_table
 from trimtab.bench.steps import RATE, Costs, Stepper, apart, chunked_loss, own_loss, trained
 from trimtab.bench.synthetic import QUICK, Shape, random_batch, random_llama
