@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh [FOLDER]            FOLDER: runs/gpu-<date>
 #   PYTHON=.venv/bin/python benchmarks/gpu.sh
 #
-# Python needs trimtab's dependencies with a CUDA build of torch, and peft, bitsandbytes and nvidia-ml-py (energy).
+# Python needs a CUDA build of torch and trimtab with its extras peft, bnb and energy.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}

@@ -27,7 +27,7 @@ Three tables for each model:
 * later: a step of a later epoch that reads the hidden states which the first one stored (`trimtab.HiddenCache`).
 
 Costs come from a process for each row and are the same on every machine; times from one process, interleaved
-(medians, and medians of the ratios within a round).
+(medians, and medians of the ratios within a round with the least and the largest).
 """
 
 from __future__ import annotations
@@ -263,9 +263,9 @@ def time_table(family: str, options: argparse.Namespace) -> tuple[str, Timings]:
     forwards = interleaved({name: row.infer for name, row in rows.items()}, options)
     lines = []
     for name, row in rows.items():
-        ratios = [f"{steps.ratio(name, other):.2f}" if other in rows else "-" for other in (FULL, PLAIN, PEFT)]
+        ratios = [steps.shown(name, other) if other in rows else "-" for other in (FULL, PLAIN, PEFT)]
         lines.append([name, f"{steps.median(name):.3f}", *ratios, f"{forwards.median(name):.3f}"])
-        lines[-1].append(f"{forwards.ratio(name, PLAIN):.2f}" if PLAIN in rows else "-")
+        lines[-1].append(forwards.shown(name, PLAIN) if PLAIN in rows else "-")
         if counter is not None:
             lines[-1].append(f"{joules(row.step, counter):.2f}")
     header = ["row", "s/step", "/ full", "/ plain", "/ peft", "s/forward", "/ plain", "J/step"]
@@ -306,7 +306,7 @@ def later_table(families: Sequence[str], options: argparse.Namespace) -> str:
             line = [f"{FAMILIES[family].describe}: {name}", f"{cost.flops / 1e12:.3f}"]
             line += [over(cost.flops, costs[FULL].flops), f"{cost.peak_live / 2**20:,.0f}"]
             line += [over(cost.peak_live, costs[FULL].peak_live), f"{cost.stored:,.0f}" if cost.stored else "-"]
-            line += ["-", "-"] if times is None else [f"{times.median(name):.3f}", f"{times.ratio(name, FULL):.3f}"]
+            line += ["-", "-"] if times is None else [f"{times.median(name):.3f}", times.shown(name, FULL)]
             lines.append(line)
         ratio = costs[LATER].flops / costs[FULL].flops
         aims.append(aim(f"{FAMILIES[family].describe}: FLOPs / {FULL}", LATER_AIMS[family], ratio))

@@ -85,9 +85,11 @@ class Row(Stepper):
         assert [event["event"] for event in report.events] == ["restart"], report
 
     def costs(self) -> RowCosts:
-        """As of any step, and the resident memory at the end of it."""
-        measured = super().costs()
-        return RowCosts(**asdict(measured), resident=own_peak_resident(), head_trains=self.head_trains)
+        """As of any step, and the resident memory of two steps before anything else is measured."""
+        for _ in range(2):
+            self.step()
+        resident = own_peak_resident()
+        return RowCosts(**asdict(super().costs()), resident=resident, head_trains=self.head_trains)
 
 
 def _plain(model: Any, batch: Batch, name: str) -> tuple[Loss, list[dict[str, Any]]]:
@@ -168,7 +170,7 @@ KINDS = {
 }
 
 
-def profile_table(names: list[str], shape: Shape, device: str) -> str:
+def profile_table(names: list[str], shape: Shape, device: str = "cpu") -> str:
     """Seconds of one more step under the profiler, by kind of operator: each one's own time on the CPU.
 
     A rough split: the profiler slows a step, and does not see work that runs under no operator of torch's (the

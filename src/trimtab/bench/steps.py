@@ -72,8 +72,8 @@ class Stepper:
         return loss.item()
 
     def costs(self) -> Costs:
-        """Measured after two steps, so that the optimizer's state exists."""
-        for _ in range(2):
+        """Measured after two steps at least, so that the optimizer's state exists."""
+        for _ in range(2 - self.steps):
             self.step()
         flops, peak = count_flops(self.step), live_bytes(self.step).peak
         return Costs(peak, flops, sum(parameter.numel() for parameter in self.parameters))
