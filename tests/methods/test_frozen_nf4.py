@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_for_tests import MODELS, logits, loss_of, token_ids
+from models_for_tests import MODELS, logits, loss_of, tiny_llama, token_ids
 
 import trimtab
 
@@ -46,3 +46,19 @@ def test_it_learns_saves_and_leaves_on_four_bits(family: str, config: str, tmp_p
     adapter.detach()
     assert torch.equal(logits(model, ids), base)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_prefix_follows_a_cast_of_its_model(base: str, projection: bool) -> None:
+    """model.to(dtype) after attach: keys and values come in what the attention computes in, both ways."""
+    model = tiny_llama()
+    if base == "nf4":
+        trimtab.quantize(model, "nf4")
+    adapter = trimtab.attach(model, trimtab.PrefixTuning(length=3, projection=projection))
+    before = logits(model, token_ids())
+    model.to(torch.bfloat16)
+    assert torch.allclose(logits(model, token_ids()).float(), before, atol=0.1)
+    model.to(torch.float64)
+    assert logits(model, token_ids()).dtype == torch.float64
+    assert adapter.trainable()

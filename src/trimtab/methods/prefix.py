@@ -296,13 +296,22 @@ class _Fill:
         g, p = self.geometry, self.virtual.length
         flat = prefix_of(module)
         states = flat.view(p, 2 * g.layers, g.heads, g.width).permute(1, 2, 0, 3)  # (2 L, heads, p, head_dim)
-        dtype = compute_dtype_of(flat, self.dtype)
+        dtype = compute_dtype_of(flat, _dtype_now(module, self.dtype))
         own = getattr(cache, "self_attention_cache", cache)
         for layer, pair in enumerate(g.pairs):
             # Cast after the expansion, so that the sum over the sequences of the gradient is taken in fp32.
             key, value = (s.expand(sequences, -1, -1, -1).to(dtype) for s in states[2 * pair : 2 * pair + 2])
             own.update(key, value, layer)
         self.virtual.begin(cache)
+
+
+def _dtype_now(host: nn.Module, attached: torch.dtype) -> torch.dtype:
+    """What the host computes in: the dtype of a frozen tensor, which `model.to(dtype)` may have changed since.
+
+    What trains is held in fp32 whatever computes, so where nothing is frozen it is the dtype at attach.
+    """
+    frozen = (p.dtype for p in host.parameters() if p.is_floating_point() and not p.requires_grad)
+    return next(frozen, attached)
 
 
 class _Hand:
