@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoder_for_tests import save_encoder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -76,25 +77,16 @@ def test_the_trl_script(scripts: None, text: Path, tmp_path: Path) -> None:
 
 def test_the_read_script(scripts: None, tmp_path: Path) -> None:
     """examples/read_reviews.py on a tiny encoder and sentences whose words give them away; its adapter loads."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import BertForSequenceClassification
 
     import trimtab
 
-    words = ["[PAD]", "[UNK]", "good", "bad", *(f"w{n}" for n in range(20))]
-    inner = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
-    ).save_pretrained(tmp_path / "model")
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    BertForSequenceClassification(BertConfig(vocab_size=len(words), **size)).save_pretrained(tmp_path / "model")
+    folder = save_encoder(tmp_path / "model", ["good", "bad", *(f"w{n}" for n in range(20))])
     rows = [f"{n},{1.5 if n % 2 else -1.5},w{n % 20} {'good' if n % 2 else 'bad'} w{n % 7}" for n in range(120)]
     (tmp_path / "data.csv").write_text("\n".join(["id,sentiment,text", *rows, "121,0.0,left out"]))
 
     script, out = importlib.import_module("read_reviews"), tmp_path / "out"
-    words = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.csv"), "--out", str(out)]
+    words = ["--model", str(folder), "--data", str(tmp_path / "data.csv"), "--out", str(out)]
     assert script.main([*words, "--steps", "60", "--held-out", "40"]) > 0.9
-    model = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    model = BertForSequenceClassification.from_pretrained(folder)
     assert len(trimtab.load_adapter(model, out).trainable()) > 4
