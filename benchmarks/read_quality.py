@@ -228,8 +228,9 @@ def costs(task: str, method: str, options: argparse.Namespace) -> dict[str, floa
 class Results:
     """Answers by question, in a file with a line for each."""
 
-    def __init__(self, options: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
-        self.options, self.pool, self.path = options, pool, options.out / "results.jsonl"
+    def __init__(self, options: argparse.Namespace, runs: ProcessPoolExecutor, fresh: ProcessPoolExecutor) -> None:
+        self.options, self.path = options, options.out / "results.jsonl"
+        self.pools = {True: fresh, False: runs}  # what an earlier run left behind would count as live
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.known = {tuple(key): value for key, value in map(json.loads, lines)}
 
@@ -237,7 +238,8 @@ class Results:
         """The accuracies of a run, or without a rate the costs of the method; from the file or another process."""
         key = (task, method, self.options.steps, self.options.batch, rate, seed)
         if key not in self.known:
-            self.known[key] = self.pool.submit(answer, task, method, rate, seed, self.options).result()
+            pool = self.pools[rate is None]
+            self.known[key] = pool.submit(answer, task, method, rate, seed, self.options).result()
             with self.path.open("a") as file:
                 file.write(json.dumps([key, self.known[key]]) + "\n")
             print(*key, self.known[key], file=sys.stderr, flush=True)
@@ -349,11 +351,13 @@ def main(arguments: list[str] | None = None) -> None:
     if any(method.startswith("READ") for method in options.methods):
         for task in options.sets:
             fill(task, options)
+    spawn = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as processes,
+        ProcessPoolExecutor(options.workers, spawn) as runs,
+        ProcessPoolExecutor(options.workers, spawn, max_tasks_per_child=1) as fresh,
         ThreadPoolExecutor(options.workers) as threads,
     ):
-        results = Results(options, processes)
+        results = Results(options, runs, fresh)
         asked = {
             (task, method): threads.submit(line, task, method, results)
             for task in options.sets
