@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import random
 import re
 import sys
@@ -36,8 +37,7 @@ from whisper_file import load_whisper
 
 import trimtab
 
-#: The word that asks for a text without times, after the start that the model's config names.
-NO_TIMES = "<|notimestamps|>"
+NO_TIMES, END = "<|notimestamps|>", "<|endoftext|>"
 FROM, HELD_OUT_FROM = 1946, 2014  # the first year of the addresses that are trained on, and that are held out
 #: Written in digits by the model and in letters in the text, or the other way: no matter of hearing.
 _NUMBERS = r"(?i)\b(\w+teen|(twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|\w+illion|(per)?cent|dollar)s?\b"
@@ -187,12 +187,15 @@ def distance(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def pretrained(folder: Path) -> tuple[WhisperForConditionalGeneration, PreTrainedTokenizerFast]:
-    """Model and tokenizer of a folder with CTranslate2's `model.bin` and a `tokenizer.json`."""
+    """Model and tokenizer of a folder with CTranslate2's `model.bin`, its `config.json` and a `tokenizer.json`."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    model = load_whisper(folder / "model.bin")
+    start, no_times, end = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", NO_TIMES, END])
+    model = load_whisper(folder / "model.bin", start=start, end=end)
+    never: dict[str, list[int]] = json.loads((folder / "config.json").read_text())
     said: Any = model.generation_config
-    said.no_timestamps_token_id = tokenizer.convert_tokens_to_ids(NO_TIMES)
-    said.is_multilingual = False
+    times = range(no_times + 1, model.config.vocab_size)
+    said.suppress_tokens, said.begin_suppress_tokens = [*never["suppress_ids"], *times], never["suppress_ids_begin"]
+    said.no_timestamps_token_id, said.is_multilingual = no_times, False
     return model, tokenizer
 
 

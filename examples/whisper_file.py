@@ -122,6 +122,8 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         name = cursor.string(f"the name of array {number}")
         shape = [cursor.number("I", name) for _ in range(cursor.number("B", name))]
         kind, size = cursor.number("B", name), cursor.number("I", name)
+        if len(shape) > 3 or 0 in shape:
+            raise BadFile(f"{path}: {name} has the shape {shape}, which no array of a Whisper has; it is damaged")
         if kind not in TYPES:
             raise BadFile(f"{path}: {name} is of type {kind}; known are {sorted(TYPES)}")
         dtype = np.dtype(TYPES[kind])
@@ -138,36 +140,36 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def load_whisper(path: str | Path, **settings: Any) -> WhisperForConditionalGeneration:
+def load_whisper(path: str | Path, *, start: int, end: int) -> WhisperForConditionalGeneration:
     """The model in fp32, in eval mode.
 
     Args:
         path: of a `model.bin`.
-        settings: further ones of WhisperConfig; what the file tells by its shapes needs none.
+        start: the token that every text begins with, which the file does not tell.
+        end: the one that it ends with.
 
     Raises:
         BadFile: see `read_arrays`; or its arrays are not those of a Whisper in floats.
     """
     path = Path(path)
     arrays = read_arrays(path)
-    model = WhisperForConditionalGeneration(_config(path, arrays, settings))
+    with torch.device("meta"):  # sizes that a file claims take no memory
+        model = WhisperForConditionalGeneration(_config(path, arrays, start, end))
     states = _states(path, arrays, model.config)
-    wanted = {
-        name: tensor for name, tensor in model.state_dict().items() if name != "proj_out.weight"
-    }  # the embeddings
-    for name in wanted.keys() ^ states.keys():
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    del wanted["proj_out.weight"]  # is the embeddings'
+    for name in sorted(wanted.keys() ^ states.keys()):
         side = "lacks" if name in wanted else "has, and transformers' Whisper has not,"
         raise BadFile(f"{path} {side} {name}")
-    for name, tensor in wanted.items():
-        if tensor.shape != states[name].shape:
-            raise BadFile(
-                f"{path}: {name} is {tuple(states[name].shape)}; by the rest it would be {tuple(tensor.shape)}"
-            )
-    model.load_state_dict(states, strict=False)  # all names were compared; the output's weight is tied
+    for name, shape in wanted.items():
+        if shape != states[name].shape:
+            raise BadFile(f"{path}: {name} is {tuple(states[name].shape)}; by the rest it would be {tuple(shape)}")
+    model.load_state_dict(states, strict=False, assign=True)  # all names were compared
+    model.tie_weights()
     return model.eval()
 
 
-def _config(path: Path, arrays: dict[str, np.ndarray], settings: dict[str, Any]) -> WhisperConfig:
+def _config(path: Path, arrays: dict[str, np.ndarray], start: int, end: int) -> WhisperConfig:
     """The model's settings, from the arrays that are settings and from the shapes of the others."""
     for name, wanted in FLAGS.items():
         if name in arrays and arrays[name].tolist() != wanted:
@@ -184,10 +186,12 @@ def _config(path: Path, arrays: dict[str, np.ndarray], settings: dict[str, Any])
         if heads < 1 or read["d_model"] % heads:
             raise BadFile(f"{path}: {side}/num_heads is {heads}, and the width is {read['d_model']}")
         read[f"{side}_attention_heads"] = heads
-        read[f"{side}_layers"] = len(
-            {name.split("/")[1] for name in arrays if name.startswith(f"{side}/layer_")} - {"layer_norm"}
-        )
-    return WhisperConfig(**{**read, **settings})
+        blocks = {name.split("/")[1] for name in arrays if name.startswith(f"{side}/layer_")} - {"layer_norm"}
+        read[f"{side}_layers"] = len(blocks)
+    if not (0 <= start < read["vocab_size"] and 0 <= end < read["vocab_size"]):
+        raise BadFile(f"{path} has {read['vocab_size']} tokens; {start} (start) or {end} (end) is none of them")
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    return WhisperConfig(**read, **ends, decoder_start_token_id=start, begin_suppress_tokens=None)
 
 
 def _states(path: Path, arrays: dict[str, np.ndarray], config: WhisperConfig) -> dict[str, Tensor]:
@@ -209,9 +213,9 @@ def _states(path: Path, arrays: dict[str, np.ndarray], config: WhisperConfig) ->
         elif block and block[3] in FUSED and tensor.shape[0] == len(FUSED[block[3]]) * config.d_model:
             for part, piece in zip(FUSED[block[3]], tensor.chunk(len(FUSED[block[3]])), strict=True):
                 if not (leaf == "bias" and part.endswith("k_proj")):
-                    states[f"model.{block[1]}.layers.{block[2]}.{part}.{leaf}"] = piece
+                    states[f"model.{block[1]}.layers.{block[2]}.{part}.{leaf}"] = piece.clone()
                 elif piece.any():
-                    raise BadFile(f"{path}: {name} gives the keys a bias, which transformers' Whisper has not")
+                    raise BadFile(f"{path}: {name} gives the keys a bias, and those of transformers' Whisper have none")
         else:
             raise BadFile(f"{path}: {name} {tuple(array.shape)} is no part of a Whisper")
     return states
