@@ -11,7 +11,8 @@ years; no sentence of theirs is trained on.
 
 It first shows that with READ attached the logits are the model's own bit for bit, and that it writes the same words;
 then it trains, for each seed. What READ reads of a passage is written to disk when it is first seen (`--hidden`, 9 MB
-a passage) and read from there in later epochs and by later seeds, so that the backbone runs once.
+a passage) and read from there in later epochs and by later seeds, so that the backbone runs once. The first seed takes
+some six minutes of one core, with what is measured before and after.
 """
 
 from __future__ import annotations
