@@ -58,7 +58,7 @@ class Voice:
         return 0
 
     def __call__(self, text: str) -> Tensor:
-        """(samples,) in -1..1 at 16 kHz; the same for the same text."""
+        """(samples,) in -1..1 at 16 kHz; the same for the same text after the same ones."""
         self._heard.clear()
         raw = text.encode()
         size = ctypes.c_size_t(len(raw) + 1)
