@@ -39,7 +39,7 @@ from torch import nn
 import trimtab
 from trimtab.bench.meters import count_flops, saved_bytes
 from trimtab.bench.runner import Timings, circumstances, interleave, markdown_table
-from trimtab.bench.steps import RATE, Costs, Stepper, apart, chunked_loss, own_loss, trained
+from trimtab.bench.steps import RATE, Costs, Stepper, apart, chunked_loss, kept_from, own_loss, trained
 from trimtab.bench.synthetic import QUICK, Shape, random_batch, random_llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -317,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.cpu_time:
         torch.set_num_threads(1)
     options.rounds = 1 if options.quick else options.rounds
-    print(f"{shape}; {circumstances()}")
+    print(f"{shape}; {circumstances()}\n{kept_from(options.costs)}")
     if "saved" in options.tables:
         print(f"\n{saved_table(options.quick)}")
     if "step" in options.tables:

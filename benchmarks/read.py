@@ -48,7 +48,7 @@ import trimtab
 from trimtab.bench.energy import energy_counter, joules
 from trimtab.bench.meters import live_bytes, saved_bytes
 from trimtab.bench.runner import Timings, circumstances, interleave, markdown_table
-from trimtab.bench.steps import RATE, Costs, Loss, Stepper, apart, chunked_loss, own_loss, trained
+from trimtab.bench.steps import RATE, Costs, Loss, Stepper, apart, chunked_loss, kept_from, own_loss, trained
 from trimtab.bench.synthetic import FAMILIES, QUICK, Family, Shape
 from trimtab.methods import registry
 
@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.cpu_time:
         torch.set_num_threads(1)
     options.rounds = 1 if options.quick else options.rounds
-    print(f"{circumstances()}")
+    print(f"{circumstances()}\n{kept_from(options.costs)}")
     generative = GENERATIVE if {"costs", "growth"} & set(options.tables) else ()
     for family in (name for name in options.families if name in generative):
         print(f"\n{FAMILIES[family].describe}: {shape_of(family, options)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trimtab.bench.steps import Stepper, apart, chunked_loss, own_loss, trained
+from trimtab.bench.steps import Stepper, apart, chunked_loss, kept_from, own_loss, trained
 from trimtab.bench.synthetic import FAMILIES, QUICK
 
 
@@ -22,7 +23,18 @@ def test_costs_from_a_process_of_their_own_are_kept(tmp_path: Path) -> None:
     assert apart(script, ["seven 7"], known) == {"given": 7}
     script.unlink()
     assert apart(script, ["four"], known) == {"given": 4}
-    assert json.loads(known.read_text()) == {"four": {"given": 4}, "seven 7": {"given": 7}}
+    today = datetime.date.today().isoformat()
+    assert kept_from(known) == f"costs kept in known.json are from {today}\n"
+    assert kept_from(tmp_path / "none.json") == kept_from(None) == ""
+
+    kept = json.loads(known.read_text())
+    assert list(kept) == ["four", "seven 7"]
+    kept["four"] |= {"torch": "1.0", "date": "2020-01-02"}
+    known.write_text(json.dumps(kept))
+    assert kept_from(known) == f"costs kept in known.json are from 2020-01-02 to {today}\n"
+    with pytest.raises(RuntimeError, match="script.py"):  # of another torch, and the script is gone
+        apart(script, ["four"], known)
+    assert apart(script, ["seven 7"], known) == {"given": 7}
 
 
 def test_step_does_what_it_is_given() -> None:

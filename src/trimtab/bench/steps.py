@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,25 @@ def apart(script: Path, arguments: Sequence[str], known: Path | None = None) -> 
     Args:
         script: the file.
         arguments: its arguments.
-        known: a JSON file of earlier answers by arguments, where this one is looked up and else put.
+        known: a JSON file of earlier answers by arguments, where this one is looked up and else put. Those of another
+            torch are not used; whoever changes the code measures into another file.
     """
     answers: dict[str, Any] = json.loads(known.read_text()) if known is not None and known.exists() else {}
     key = " ".join(arguments)
-    if key not in answers:
+    if answers.get(key, {}).get("torch") != torch.__version__:
         print(f"measuring {script.name} {key}", file=sys.stderr)
         _, printed = peak_resident([script, *arguments])
-        answers[key] = json.loads(printed.splitlines()[-1])
+        told = json.loads(printed.splitlines()[-1])
+        answers[key] = {"date": date.today().isoformat(), "torch": torch.__version__, "costs": told}
         if known is not None:
             known.write_text(json.dumps(answers, indent=1))
-    answer: dict[str, Any] = answers[key]
+    answer: dict[str, Any] = answers[key]["costs"]
     return answer
+
+
+def kept_from(known: Path | None) -> str:
+    """From which days the answers of a file of `apart` are, as a line, or nothing where there is none."""
+    if known is None or not known.exists():
+        return ""
+    days = sorted({answer["date"] for answer in json.loads(known.read_text()).values()})
+    return f"costs kept in {known.name} are from {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "") + "\n"
