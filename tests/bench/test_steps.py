@@ -32,7 +32,7 @@ def test_costs_from_a_process_of_their_own_are_kept(tmp_path: Path) -> None:
     kept["four"] |= {"torch": "1.0", "date": "2020-01-02"}
     known.write_text(json.dumps(kept))
     assert kept_from(known) == f"costs kept in known.json are from 2020-01-02 to {today}\n"
-    with pytest.raises(RuntimeError, match="script.py"):  # of another torch, and the script is gone
+    with pytest.raises(RuntimeError, match=r"script\.py"):  # of another torch, and the script is gone
         apart(script, ["four"], known)
     assert apart(script, ["seven 7"], known) == {"given": 7}
 
