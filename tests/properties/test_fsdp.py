@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 from models_for_tests import tiny_bert, tiny_llama, tiny_t5, token_ids
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trimtab
@@ -31,15 +32,17 @@ def in_four_bits() -> nn.Module:
     return model
 
 
-#: A model, a method, and what fully_shard is told for the blocks and for the model.
-CASES: dict[str, tuple[Callable[[], nn.Module], trimtab.Method, dict[str, Any], dict[str, Any]]] = {
-    "llama": (tiny_llama, trimtab.READ(size=5, cell="gru", train_also=("final_norm",)), {}, {}),
-    "let go": (tiny_llama, trimtab.READ(size=4, cell="lstm"), {}, {"reshard_after_forward": True}),
-    "t5": (tiny_t5, trimtab.READ(size=4), {}, {}),
-    "bert": (tiny_bert, trimtab.READ(size=4, aggregate="mean"), {"reshard_after_forward": False}, {}),
-    "nf4": (in_four_bits, trimtab.READ(size=4), {}, {}),
-    "ladder": (tiny_t5, trimtab.Ladder(reduction=4), {}, {}),
-    "mixed": (tiny_t5, trimtab.READ(size=4), {"mp_policy": BF16}, {}),
+#: A model, a method, and what fully_shard is told: for the blocks, for the model, for other modules that are one unit.
+CASES: dict[str, tuple[Callable[[], nn.Module], trimtab.Method, dict[str, Any]]] = {
+    "llama": (tiny_llama, trimtab.READ(size=5, cell="gru", train_also=("final_norm",)), {}),
+    "let go": (tiny_llama, trimtab.READ(size=4, cell="lstm"), {"model": {"reshard_after_forward": True}}),
+    "behind": (tiny_llama, trimtab.READ(size=4, train_also=("head",)), {"unit": ("model.norm", "lm_head")}),
+    "hybrid": (tiny_llama, trimtab.READ(size=4), {"mesh": (2, 1)}),
+    "t5": (tiny_t5, trimtab.READ(size=4), {}),
+    "bert": (tiny_bert, trimtab.READ(size=4, aggregate="mean"), {"blocks": {"reshard_after_forward": False}}),
+    "nf4": (in_four_bits, trimtab.READ(size=4), {}),
+    "ladder": (tiny_t5, trimtab.Ladder(reduction=4), {}),
+    "mixed": (tiny_t5, trimtab.READ(size=4), {"blocks": {"mp_policy": BF16}}),
 }
 #: In "mixed" the blocks of two processes compute in bf16, and those of one in fp32.
 ALIKE = [case for case in CASES if case != "mixed"]
@@ -48,6 +51,16 @@ ALIKE = [case for case in CASES if case != "mixed"]
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Of the backbone, as transformers marks them."""
     return [m for m in model.modules() if any(c.__name__ == "GradientCheckpointingLayer" for c in type(m).__mro__)]
+
+
+def split(model: nn.Module, blocks: list[nn.Module], options: dict[str, Any]) -> None:
+    sizes = options.get("mesh", (2,))
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicas", "parts")[-len(sizes) :])
+    for block in blocks:
+        fully_shard(block, mesh=mesh, **options.get("blocks", {}))
+    if unit := [model.get_submodule(name) for name in options.get("unit", ())]:
+        fully_shard(unit, mesh=mesh)
+    fully_shard(model, mesh=mesh, **options.get("model", {}))
 
 
 def batch_of(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
@@ -79,14 +92,12 @@ class Calls(TorchDispatchMode):
 
 def train(case: str, rank: int, world: int, folder: Path) -> dict[str, Any]:
     """Three steps on this rank's rows, from a model that is split where there are two; what can be seen of it."""
-    make, config, of_blocks, of_model = CASES[case]
+    make, config, options = CASES[case]
     model, rows = make(), token_ids(rows=4)[rank::world].contiguous()
     blocks, plain = blocks_of(model), logits(model, rows)
     adapter = trimtab.attach(model, config)
     if world > 1:
-        for block in blocks:
-            fully_shard(block, **of_blocks)
-        fully_shard(model, **of_model)
+        split(model, blocks, options)
     seen: dict[str, Any] = {"starts": bool(torch.equal(logits(model, rows), plain))}
     optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-2))
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -122,11 +133,24 @@ def train(case: str, rank: int, world: int, folder: Path) -> dict[str, Any]:
     return seen
 
 
+def generates() -> bool:
+    """Whether a model that is split, told of `generate` as FSDP2 asks for, gives the texts that it gave before."""
+    model, ids = tiny_t5(), token_ids(rows=2, length=6)
+    blocks = blocks_of(model)
+    trimtab.attach(model, trimtab.READ(size=4, init="drawn"))
+    ask: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "num_beams": 2}
+    before = model.eval().generate(ids, **ask)
+    split(model, blocks, {})
+    register_fsdp_forward_method(model, "generate")
+    return bool(torch.equal(model.generate(ids, **ask), before))
+
+
 def run(rank: int, world: int, folder: str) -> None:
     """All cases, and a save that fails; stored for each rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     seen: dict[str, Any] = {case: train(case, rank, world, Path(folder)) for case in CASES}
+    seen["generates"] = generates()
     (Path(folder) / "a file").touch()
     model = tiny_llama()
     adapter = trimtab.attach(model, trimtab.READ(size=4))
@@ -191,13 +215,15 @@ def test_it_starts_exactly_as_the_backbone(case: str, ranks: list[Any]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_rank_holds_half_of_the_blocks(case: str, ranks: list[Any], alone: dict[str, Any]) -> None:
-    assert [rank[case]["local"] * 2 for rank in ranks] == [alone[case]["local"]] * 2
+    """Or all, where a hybrid mesh has replicas of one rank each."""
+    share = 1 if case == "hybrid" else 2
+    assert [rank[case]["local"] * share for rank in ranks] == [alone[case]["local"]] * 2
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_backward_pass_needs_nothing_of_the_blocks(case: str, ranks: list[Any], alone: dict[str, Any]) -> None:
-    """Autograd keeps what it keeps in one process, and no block is gathered again: at most the model's own unit is."""
-    again = {"let go": 1}.get(case, 0)
+    """Autograd keeps what it keeps in one process, and no block is gathered again: at most what lies behind them."""
+    again = {"let go": 1, "behind": 1}.get(case, 0)
     for rank in ranks:
         assert rank[case]["gathers"] == again
         if case in ALIKE:
@@ -220,6 +246,10 @@ def test_what_is_saved_is_the_adapter_of_one_process(
     adapter = trimtab.load_adapter(model, ours)
     for name, value in adapter.state_dict().tensors.items():
         assert torch.equal(value, ranks[0][case]["tensors"][name])
+
+
+def test_a_split_model_generates_the_same_texts(ranks: list[Any]) -> None:
+    assert all(rank["generates"] for rank in ranks)
 
 
 def test_a_save_that_fails_fails_on_every_rank(ranks: list[Any]) -> None:
