@@ -13,8 +13,8 @@ from torch import nn
 
 from trimtab.errors import ConfigError
 from trimtab.methods.keep import Kept
-from trimtab.nn.present import refuse_split
 from trimtab.nn.residence import Residence
+from trimtab.nn.split import refuse_split, refuse_split_before
 
 if TYPE_CHECKING:
     from trimtab.methods.base import Adapter, Method
@@ -41,6 +41,12 @@ class Attached:
         """Let the adapter called `name` be the one at work, or none for ""."""
         if name == self.active:
             return
+        # What splits a model keeps to the parameters that the model had then.
+        refuse_split(
+            next(iter(self.adapters.values())).model,
+            "adapters cannot be switched (by activate(), disabled(), or save() of one that is not active)",
+            "do so before fully_shard, or use DDP",
+        )
         if self.active:
             self.adapters[self.active]._suspend()
             self.active = ""
@@ -86,10 +92,7 @@ def place(
             "the peft model restarts with trimtab.interop.peft.Restarts"
         )
     check_settings(name=name, dtype=dtype, pure=pure)
-    try:
-        refuse_split(model)
-    except ConfigError as error:
-        raise ConfigError(f"attach: {error}") from None
+    check_whole(model, config, "attach")
     record = record_of(model)
     if record is None:
         record = Attached(Residence(model, dtype, pure, None if keep_base is None else Kept(keep_base)))
@@ -116,6 +119,17 @@ def check_model(model: object) -> None:
     """Raise ConfigError for what is no model."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={model!r}: give a torch.nn.Module; transformers' from_pretrained makes one of a name")
+
+
+def check_whole(model: nn.Module, config: Method, call: str) -> None:
+    """Raise ConfigError, with the name of the `call`, for a model that is split over processes already."""
+    try:
+        if config.works_sharded:
+            refuse_split_before(model)
+        else:
+            refuse_split(model)
+    except ConfigError as error:
+        raise ConfigError(f"{call}: {error}") from None
 
 
 def check_settings(*, name: object = "default", dtype: object = None, pure: object = False) -> None:

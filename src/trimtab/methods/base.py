@@ -25,7 +25,7 @@ from torch import nn
 
 from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError, ConfigError
 from trimtab.methods.attached import Attached, place, record_of
-from trimtab.methods.folder import SavedAdapter, write_adapter_folder
+from trimtab.methods.folder import SavedAdapter, write_together
 from trimtab.methods.oneline import OneLine
 from trimtab.methods.parts import AdapterState, StepReport, Trainable
 from trimtab.methods.watch import Watch
@@ -53,6 +53,9 @@ class Method(Settings, abc.ABC, metaclass=OneLine):
 
     #: Set by a subclass that is no method of its own.
     abstract: ClassVar[bool] = True
+
+    #: Whether it works on a model that FSDP2 (`fully_shard`) splits over processes after it was attached.
+    works_sharded: ClassVar[bool] = False
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -347,6 +350,8 @@ class Adapter(abc.ABC):
     def save(self, path: str | Path) -> None:
         """Write the adapter as a folder that `trimtab.load_adapter` reads, in PEFT's layout where it has one.
 
+        On a model that is split over processes all of them call it, and the first one writes.
+
         Raises:
             CannotSave: the adapter alone would not describe what was trained.
         """
@@ -355,7 +360,7 @@ class Adapter(abc.ABC):
             raise ConfigError(f"path={path!r}: give the folder to write")
         self._check_model("save()")
         with self.record.at_work(self.attached_name):
-            write_adapter_folder(Path(path), self._saved())
+            write_together(Path(path), self._saved())
 
     def check_save(self) -> None:
         """Find out whether `save` would work now, and write nothing.

@@ -22,6 +22,7 @@ from trimtab.methods.frozen import FrozenBaseAdapter
 from trimtab.nn.encoded import Encoded
 from trimtab.nn.inject import head_modules
 from trimtab.nn.residence import Residence
+from trimtab.nn.split import check_units
 from trimtab.nn.stacks import (
     DepthHooks,
     Listener,
@@ -34,6 +35,7 @@ from trimtab.nn.stacks import (
     still_parts,
     stop_checkpointing,
 )
+from trimtab.nn.untraced import untraced
 from trimtab.nn.virtual import qualified
 
 Full = Literal["head", "final_norm"]
@@ -52,6 +54,7 @@ class Beside(Method):
     """
 
     abstract: ClassVar[bool] = True
+    works_sharded: ClassVar[bool] = True
     blocks: tuple[str, ...] | None = None
     backbone_dropout: bool = False
     train_also: tuple[Full, ...] | None = None
@@ -179,6 +182,7 @@ class BesideAdapter(FrozenBaseAdapter):
                 )
             self._place(stack, side)
             stack.owner.add_module(self.side_name, side)
+        self._handles.append(self._stacks[0].owner.register_forward_pre_hook(self._before_blocks))
         for hooks in self._hooks:
             hooks.put_on()
         self._unchecked = stop_checkpointing(self.model)
@@ -211,6 +215,36 @@ class BesideAdapter(FrozenBaseAdapter):
         for stack in self._stacks:
             del stack.owner._modules[self.side_name]
         self._encoded.clear()
+
+    # -- on a model that is split over processes -----------------------------------------------
+
+    @untraced
+    def _before_blocks(self, owner: nn.Module, args: Any) -> None:
+        """A model is split after its adapter came, and its first forward is the first to know."""
+        self._check_units()
+
+    def _check_units(self) -> None:
+        check_units(self.model, self._apart(), (block for stack in self._stacks for block in stack.blocks))
+
+    def _apart(self) -> Iterator[tuple[str, nn.Module]]:
+        """What no unit may begin at: the networks, and what holds one and not the end of the blocks.
+
+        A unit is made whole for the backward pass by the gradient of its output, which an encoder's has none of.
+        """
+        end = f"{self._stacks[-1].name}."
+        for stack, side in zip(self._stacks, self._sides, strict=True):
+            name = stack.owner_name
+            while name and not end.startswith(f"{name}."):
+                yield name, self.model.get_submodule(name)
+                name = name.rpartition(".")[0]
+            yield from side.named_modules(prefix=qualified(stack.owner_name, self.side_name))
+
+    def _check_model(self, call: str) -> None:
+        super()._check_model(call)
+        try:
+            self._check_units()
+        except ConfigError as error:
+            raise ConfigError(f"{call}: {error}") from None
 
     def own(self) -> dict[str, nn.Parameter]:
         return {

@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from trimtab.errors import CheckpointError, ConfigError
 from trimtab.inside import inside
 from trimtab.methods.foldercheck import check_fields, check_values, covers
 from trimtab.nn.inject import is_linear
+from trimtab.nn.split import all_agree, is_first, mesh_of, whole
 from trimtab.nn.weights import holder_of
 
 CONFIG_FILE = "adapter_config.json"
@@ -338,3 +339,28 @@ def write_adapter_folder(path: Path, saved: SavedAdapter) -> None:
             file.replace(file.with_suffix(""))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the adapter cannot be written to {path}: {error}") from None
+
+
+def write_together(path: Path, saved: SavedAdapter) -> None:
+    """As `write_adapter_folder`; where tensors are split over processes all of these call, and the first one writes.
+
+    Raises:
+        CheckpointError: the folder cannot be written; in all processes.
+    """
+    mesh = mesh_of(saved.tensors.values())
+    if mesh is None:
+        write_adapter_folder(path, saved)
+        return
+    first, failed = is_first(mesh), None
+    tensors = {}
+    for name, tensor in saved.tensors.items():
+        gathered = whole(tensor)
+        if first:
+            tensors[name] = gathered.cpu()
+    try:
+        if first:
+            write_adapter_folder(path, replace(saved, tensors=tensors))
+    except Exception as error:  # whatever it is, the others wait to hear of it
+        failed = error
+    if not all_agree(mesh, failed is None):
+        raise failed or CheckpointError(f"{path}: the first process could not write the adapter; its error says why")

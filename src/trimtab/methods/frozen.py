@@ -23,6 +23,7 @@ from trimtab.methods.tiedfiles import TIED, fitting, refuse_parted, tied_names
 from trimtab.methods.worn import CARRY, ROLES, FrozenBase, Role, Targeted, WornAdapter, several
 from trimtab.nn.adapted import check_bases, merge_report
 from trimtab.nn.residence import fingerprint
+from trimtab.nn.split import refuse_split
 from trimtab.nn.weights import holder_of
 
 __all__ = ["CARRY", "ROLES", "FrozenBase", "FrozenBaseAdapter", "Role", "Targeted"]
@@ -118,6 +119,7 @@ class FrozenBaseAdapter(WornAdapter):
 
     def detach(self) -> None:
         self._require_open("detach()")
+        refuse_split(self.model, "an adapter cannot be detached", "detach before fully_shard, or use DDP")
         if self._alone():
             self._refuse_loss()
             self._residence.check_kept()

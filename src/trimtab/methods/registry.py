@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from torch import nn
 
 from trimtab.errors import CheckpointError, ConfigError, TargetError, TrimtabError
-from trimtab.methods.attached import activate, check_model, record_of
+from trimtab.methods.attached import activate, check_model, check_whole, record_of
 from trimtab.methods.base import REGISTRY, Adapter, Method
 from trimtab.methods.folder import SavedAdapter, layer_of, read_adapter_folder
 from trimtab.methods.foldercheck import PEFT_TYPES
@@ -135,6 +135,7 @@ def attach_saved(
             f"{path}: peft_type {saved.config.get('peft_type')!r} is of no known method; those known are "
             f"{', '.join(PEFT_TYPES)}, and trimtab's own"
         )
+    check_whole(model, config, "load_adapter")
     record = record_of(model)
     before = record.active if record else ""
     if record and before and not record.adapters[before].writes_base:

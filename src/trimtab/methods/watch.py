@@ -53,9 +53,9 @@ class Watch:
                 places.setdefault(entry.group, []).append((entry.name, *held[id(entry.parameter)]))
             elif id(self._known.get(entry.name)) in held:
                 raise ConfigError(
-                    f"after_step({step}): {entry.name} was replaced in the model (by load_state_dict(assign=True), "
-                    "to_empty or resize_token_embeddings, say), and the optimizer trains the one that the model has no "
-                    "more; build it anew from adapter.parameter_groups()"
+                    f"after_step({step}): {entry.name} was replaced in the model (by fully_shard, "
+                    "load_state_dict(assign=True), to_empty or resize_token_embeddings, say), and the optimizer trains "
+                    "the one that the model has no more; build it anew from adapter.parameter_groups()"
                 )
         if not places:
             raise ConfigError(

@@ -19,8 +19,9 @@ from trimtab.methods.folder import base_sample
 from trimtab.methods.keep import Kept
 from trimtab.nn.adapted import Adapted, dress, plain_weights, undress
 from trimtab.nn.inject import ALL_LINEAR, find_targets, parameter_roles, warn_of_rest
-from trimtab.nn.present import module_at, refuse_split
+from trimtab.nn.present import module_at
 from trimtab.nn.residence import Residence
+from trimtab.nn.split import check_split, laid_out, let_go, refuse_split
 from trimtab.nn.weights import Dense, holder_of
 
 Role = Literal["embeddings", "norms", "head"]
@@ -225,7 +226,11 @@ class WornAdapter(Adapter):
 
     def _check_model(self, call: str) -> None:
         try:
-            refuse_split(self.model)
+            if self.config.works_sharded:
+                let_go(self.model)
+                check_split(self.model, {entry.name: entry.parameter for entry in self.trainable()})
+            else:
+                refuse_split(self.model)
             self._residence.check()
             for layer in self.layers.values():
                 if layer.base.carry is not None and layer.base.carry.is_meta and not layer.weight.is_meta:
@@ -293,7 +298,7 @@ class WornAdapter(Adapter):
         self._check_state({k: t for k, t in state.tensors.items() if not k.startswith(CARRY)}, trained, carries)
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(state.tensors[name])
+                parameter.copy_(laid_out(state.tensors[name], parameter))
         self._residence.carries.clear()
         layers = self.layers
         for layer in layers.values():

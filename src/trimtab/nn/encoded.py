@@ -73,10 +73,14 @@ class Encoded:
         if self._states is None or self._h is None:
             return False
         mine, times = self._states.detach(), states.shape[0] // self._states.shape[0]
-        if states.shape != (mine.shape[0] * times, *mine.shape[1:]) or states.dtype != mine.dtype:
+        if states.shape != (mine.shape[0] * times, *mine.shape[1:]):
             return False
-        if not torch.equal(mine.to(states.device).repeat_interleave(times, dim=0), states):
+        # FSDP2 may cast what it hands to each block (MixedPrecisionPolicy).
+        if not torch.equal(mine.to(states.device, states.dtype).repeat_interleave(times, dim=0), states):
             return False
         # The decoder asks again for each block, and for each token of a generated text.
-        self._states, self._h = states, self._h.repeat_interleave(times, dim=0)
+        if times > 1:
+            self._h = self._h.repeat_interleave(times, dim=0)
+        if times > 1 or states.dtype == mine.dtype:
+            self._states = states
         return True

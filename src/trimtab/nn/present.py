@@ -13,11 +13,6 @@ from torch import nn
 
 from trimtab.errors import ConfigError
 
-#: Classes by whose names modules are known whose parameters are split over processes.
-_SPLITTING = {"FSDPModule": "FSDP (fully_shard)", "FullyShardedDataParallel": "FSDP"}
-#: Attributes of parameters that hold a part of themselves.
-_PARTS = {"_fsdp_flattened": "FSDP", "ds_tensor": "DeepSpeed's stage 3"}
-
 
 def module_at(model: nn.Module, name: str) -> nn.Module | None:
     """The module that a model has under a qualified name, or None."""
@@ -87,28 +82,3 @@ class PresentParameters(Mapping[str, nn.Parameter]):
                     f"{name} and {alias} were one tensor when the adapter was attached and are two now, as "
                     "load_state_dict(assign=True) makes of tied weights; call model.tie_weights()"
                 )
-
-
-def refuse_split(model: nn.Module) -> None:
-    """Raise ConfigError for a model whose parameters are split over processes."""
-    found = _split(model)
-    if found:
-        raise ConfigError(
-            f"{found}, and adapters do not work on models that are split over processes yet; use DDP, and "
-            "trimtab.quantize for a base that is too large"
-        )
-
-
-def _split(model: nn.Module) -> str:
-    """What of a model is split, and by whom; empty where nothing is."""
-    for name, module in model.named_modules():
-        for kind in type(module).__mro__:
-            if kind.__name__ in _SPLITTING:
-                return f"{name or type(module).__name__} is under {_SPLITTING[kind.__name__]}"
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor":
-            return f"{name} is a DTensor, of FSDP or of tensor parallelism"
-        for attribute, how in _PARTS.items():
-            if getattr(parameter, attribute, None) is not None:
-                return f"{name} is split by {how}"
-    return ""

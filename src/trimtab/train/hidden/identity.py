@@ -13,6 +13,7 @@ from torch import nn
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import Adapter
 from trimtab.nn.replay import Reading
+from trimtab.nn.split import refuse_split
 from trimtab.nn.stacks import is_encoder_decoder, part
 from trimtab.train.hidden.backbone import Backbone, differences
 from trimtab.train.hidden.codes import Plane, Storage
@@ -40,6 +41,8 @@ class Identity:
     """
 
     def __init__(self, adapter: Adapter, reading: Reading, storage: Storage) -> None:
+        self._model = adapter.model
+        self._refuse_split()
         _refuse_trained(adapter, reading)
         trained = [entry.parameter for entry in adapter.trainable()]
         self._backbone = Backbone(adapter.model, trained, reading.networks)
@@ -68,7 +71,9 @@ class Identity:
 
         Raises:
             CheckpointError: it is not.
+            ConfigError: the model was split over processes since.
         """
+        self._refuse_split()
         if (state := self._backbone.state()) == self._state:
             return
         if odd := differences(self._backbone.digests(), self.facts["tensors"]):
@@ -77,6 +82,9 @@ class Identity:
                 "for it"
             )
         self._state = state  # it moved, say
+
+    def _refuse_split(self) -> None:
+        refuse_split(self._model, "hidden states cannot be kept", "use DDP, with a folder for each rank")
 
     def check_meta(self, folder: Path, meta: Mapping[str, Any]) -> Calls:
         """Whether a folder's meta.json is of this; gives how the model called what is stored.
