@@ -293,6 +293,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no such cell": (tiny_llama, {"cell": "lru"}, "cell"),
     "no such list": (tiny_llama, {"blocks": ("layer",)}, "'layer' fits no list of blocks.*model.layers"),
     "no blocks": (tiny_mlp, {}, "has no list of blocks that could be found"),
+    "a tied head": (tiny_gpt2, {"train_also": ["head"]}, "lm_head of GPT2LMHeadModel is tied to the embeddings"),
     "no final norm": (tiny_bert, {"train_also": ("final_norm",)}, "has no norm behind its last block"),
     "no width": (tiny_encoder, {"blocks": ("layers",)}, "give width="),
 }
