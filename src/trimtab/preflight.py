@@ -18,7 +18,6 @@ from trimtab.methods import attach
 from trimtab.methods.base import Adapter
 from trimtab.models.load import shadow_model
 from trimtab.models.presets import PAPER_VOCABULARY, PRESETS
-from trimtab.train.cached import check_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +52,6 @@ def check_method(config: PretrainConfig, model: nn.Module) -> Adapter:
             adapter.check_save()
         except CannotSave as error:
             raise ConfigError(f"method.train_also: {error}") from None
-    if config.train.cache_hidden is not None:
-        check_cache(config, adapter)
     return adapter
 
 

@@ -103,11 +103,14 @@ class CachedLoss:
 
     def _first_seen(self, steps: int) -> Iterator[Batch]:
         """The micro-batches of the first `steps` steps in which a sequence is seen for the first time."""
+        position = 0  # in the endless sequence of epochs
         for step in range(steps):
-            if step and self._batches.distinct(step) == self._batches.n_chunks:
-                return
             batch = self._batches.batch(step)
-            yield from batch.split(self._config.train.micro_batch or len(batch))
+            for part in batch.split(self._config.train.micro_batch or len(batch)):
+                if position >= self._batches.n_chunks:
+                    return
+                yield part
+                position += len(part)
 
     def _missing(self, steps: int) -> int:
         """How many of the sequences of the first `steps` steps are not stored."""
