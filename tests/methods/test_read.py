@@ -258,22 +258,6 @@ def test_without_a_joiner_the_encoder_has_no_network() -> None:
     without(**batch_for("t5")).loss.backward()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8-like"])
-def test_a_quantised_backbone_is_read_unchanged(kind: str) -> None:
-    model = tiny_llama()
-    if kind == "nf4":
-        trimtab.quantize(model, "nf4")
-    else:  # any frozen module that computes in its own way
-        for block in model.model.layers:
-            block.mlp.requires_grad_(False)
-            block.mlp.register_buffer("codes", torch.zeros(3, dtype=torch.int8))
-    first = logits(model, token_ids())
-    adapter = trimtab.attach(model, READ(size=8))
-    assert torch.equal(logits(model, token_ids()), first)
-    train(model, adapter, optimizer_for(adapter), range(1, 4))
-    assert not torch.equal(logits(model, token_ids()), first)
-
-
 def test_the_final_norm_and_the_head_train_beside_it() -> None:
     model = tiny_llama()
     adapter = trimtab.attach(model, READ(size=8, train_also=("head", "final_norm")), keep_base="host")
