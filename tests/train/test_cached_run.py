@@ -182,7 +182,9 @@ def test_another_cache_on_the_way_is_no_longer_bit_for_bit(word: str, project: P
     assert f"{word.partition('=')[0]} was " in printed and "but not bit for bit" in printed
 
 
-def test_the_run_says_what_it_will_take_and_how_far_it_is(project: Path, tmp_path: Path) -> None:
+def test_the_run_says_what_it_will_take_and_how_far_it_is(
+    project: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     _, printed = trained(int8(project, tmp_path))
     tokens = sequences(project) * SEQ_LEN
     size = f"{tokens * EACH / 1024:.1f} KiB"
@@ -191,6 +193,7 @@ def test_the_run_says_what_it_will_take_and_how_far_it_is(project: Path, tmp_pat
     assert f"hidden states {8 * SEQ_LEN * EACH / 1024:.1f} KiB of {size}" in steps[1]
     assert ["hidden states" in line for line in steps[:10]] == [True] * 3 + [False] * 7
     assert "train.cache_storage = int8 rounds the hidden states, which are computed in fp32" in printed
+    assert not [warning for warning in recwarn if "storage=" in str(warning.message)]
     assert "sees each sequence once" not in printed
 
 
