@@ -39,7 +39,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def int8(project: Path, out: Path, **changes: Any) -> PretrainConfig:
     """Ten steps over 13 sequences, so a micro-batch has one that is new and one that is not; stored with rounding."""
-    given = {"train__cache_hidden": str(out / "hidden"), "train__cache_storage": "int8", **changes}
+    given = {"train__cache_hidden": str(out / "hidden"), "train__cache_storage": "int8", "eval__every": 3, **changes}
     return config(project, out=str(out), **given)
 
 
@@ -65,6 +65,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def test_the_folder_holds_each_sequence_once(project: Path, whole: Path) -> None:
+    """Of the training text: evaluations, of which there were some, leave nothing."""
+    assert [record["step"] for record in records(whole / "a") if record["event"] == "eval"] == [3, 6, 9, 10]
     data = whole / "hidden" / "data.bin"
     assert sequences(project) % 2 == 1
     assert data.stat().st_size == sequences(project) * SEQ_LEN * EACH
@@ -189,7 +191,7 @@ def test_the_run_says_what_it_will_take_and_how_far_it_is(
     tokens = sequences(project) * SEQ_LEN
     size = f"{tokens * EACH / 1024:.1f} KiB"
     assert f"hidden states: {size} for {tokens} tokens ({EACH} bytes each, int8), in {tmp_path / 'hidden'}; " in printed
-    steps = [line for line in printed.splitlines() if line.startswith("step ") and " loss " in line]
+    steps = [line for line in printed.splitlines() if line.startswith("step ") and " lr " in line]
     assert f"hidden states {8 * SEQ_LEN * EACH / 1024:.1f} KiB of {size}" in steps[1]
     assert ["hidden states" in line for line in steps[:10]] == [True] * 3 + [False] * 7
     assert "train.cache_storage = int8 rounds the hidden states, which are computed in fp32" in printed
