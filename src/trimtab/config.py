@@ -16,6 +16,7 @@ from trimtab.errors import ConfigError
 from trimtab.methods import MethodField
 from trimtab.optim.schedule import Schedule
 from trimtab.settings import Settings
+from trimtab.train.hidden.codes import Storage
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -106,13 +107,19 @@ class ScheduleConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """How long, and how much a step: `batch_tokens` a step in micro-batches of `micro_batch` sequences."""
+    """How long, and how much a step: `batch_tokens` a step in micro-batches of `micro_batch` sequences.
+
+    `cache_hidden` is a folder for the hidden states that a method like READ reads, so that later epochs need not run
+    the backbone; `cache_storage` is how they are stored (see `trimtab.HiddenCache`).
+    """
 
     steps: PositiveInt
     batch_tokens: PositiveInt
     micro_batch: PositiveInt | None = None
     clip: Annotated[float, Field(gt=0.0)] | None = 1.0
     stop_at: PositiveInt | None = None
+    cache_hidden: Path | None = None
+    cache_storage: Storage = "bf16"
 
 
 class LossConfig(Settings):
@@ -198,6 +205,11 @@ class PretrainConfig(Settings):
             )
         if self.model.gradient_checkpointing and (why := method.no_checkpointing):
             raise Misfit("model.gradient_checkpointing", f"true: {why}; set it to false, or take another method")
+        if train.cache_hidden is not None and (why := method.no_hidden_cache):
+            raise Misfit(
+                "train.cache_hidden",
+                f"{train.cache_hidden}: hidden states cannot be kept for the method {method.name}: {why}; leave it out",
+            )
         if (misfit := method.check_length(train.steps)) is not None:
             raise Misfit(f"method.{misfit[0]}", misfit[1])
         if (bare := method.restarts(train.steps)) and not self.restarts():
@@ -212,9 +224,16 @@ class PretrainConfig(Settings):
 
     def cautions(self) -> list[str]:
         """What a user should know before this run, beside its figures."""
+        found = []
         if self.pure and self.dtype != "fp32":
-            return [f"pure = true holds what trains in {self.dtype}, too: small updates are rounded away and lost"]
-        return []
+            found.append(f"pure = true holds what trains in {self.dtype}, too: small updates are rounded away and lost")
+        stored = self.train.cache_storage
+        if self.train.cache_hidden is not None and stored not in ("exact", self.dtype):
+            found.append(
+                f"train.cache_storage = {stored} rounds the hidden states, which are computed in {self.dtype}, in the "
+                "first epoch as in later ones; exact keeps them as they are"
+            )
+        return found
 
     def restarts(self) -> tuple[int, ...]:
         """The completed-step counts after which the method restarts."""

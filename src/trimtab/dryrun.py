@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,9 +11,11 @@ from rich.console import Console
 from trimtab.config import PretrainConfig
 from trimtab.data.tokens import store_folder
 from trimtab.loadconfig import dump_config, unused_settings
+from trimtab.methods.base import Adapter
 from trimtab.models.presets import PAPER_VOCABULARY, PRESETS
 from trimtab.preflight import check_method, complete_store, known_vocabulary, local_inputs, shadow
 from trimtab.report.terminal import draws_braille, schedule_picture, terminal_width
+from trimtab.train.cached import check_cache, room_is_short, told
 from trimtab.train.memory import predict_phases
 from trimtab.train.run import DTYPES, phase_table
 
@@ -42,7 +45,7 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
         say(f"{config.model.name} is read from the local cache alone; nothing is downloaded in a dry run")
     model = shadow(config, vocab_size, offline=True)
     phases = predict_phases(model, config.method, config.optim, dtype=DTYPES[config.dtype], pure=config.pure)
-    check_method(config, model)
+    adapter = check_method(config, model)
     say()
     console.print(phase_table(phases))
     if len(phases) > 1:
@@ -50,6 +53,8 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
     say()
     say(batch_line(config))
     say(restart_line(config.restarts()))
+    for note in cache_notes(config, adapter):
+        say(note)
     say()
     say(schedule_picture(config, width=terminal_width(console.file), braille=draws_braille(console.file)))
     say()
@@ -85,6 +90,17 @@ def data_notes(config: PretrainConfig) -> tuple[int | None, list[str]]:
     else:
         note = f"vocabulary: {vocab_size:,}, from {path}"
     return vocab_size, [text, note]
+
+
+def cache_notes(config: PretrainConfig, adapter: Adapter) -> Iterator[str]:
+    """What the cache of hidden states will take, if the run asks for one."""
+    if config.train.cache_hidden is None:
+        return
+    folder, store, each = config.train.cache_hidden.expanduser(), complete_store(config), check_cache(config, adapter)
+    chunks = None if store is None else store.train.n_chunks(config.data.seq_len)
+    yield from told(config, folder, each, chunks)
+    if chunks is not None and room_is_short(config, folder, each, chunks):
+        yield "warning: train.cache_hidden: the disk has no room for that: on this machine the run would be refused"
 
 
 def batch_line(config: PretrainConfig) -> str:

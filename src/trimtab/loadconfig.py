@@ -126,6 +126,10 @@ def unused_settings(config: PretrainConfig) -> list[str]:
         notes += [f"schedule.{key} has no effect: the shape is constant" for key in given(config.schedule, "floor")]
     if not config.loss.chunked:
         notes += [f"loss.{key} has no effect: loss.chunked is false" for key in given(config.loss, "chunk")]
+    if config.train.cache_hidden is None:
+        notes += [
+            f"train.{key} has no effect: train.cache_hidden is null" for key in given(config.train, "cache_storage")
+        ]
     if config.data.validation_sources:
         why = "has no effect: data.validation_sources is given"
         notes += [f"data.{key} {why}" for key in given(config.data, "validation_share")]

@@ -15,6 +15,7 @@ from trimtab.data.tokenizer import load_tokenizer
 from trimtab.data.tokens import store_folder
 from trimtab.errors import CannotSave, ConfigError
 from trimtab.methods import attach
+from trimtab.methods.base import Adapter
 from trimtab.models.load import shadow_model
 from trimtab.models.presets import PAPER_VOCABULARY, PRESETS
 
@@ -38,8 +39,8 @@ def preflight(config: PretrainConfig) -> None:
     check_method(config, model)
 
 
-def check_method(config: PretrainConfig, model: nn.Module) -> None:
-    """Attach the run's method to a shadow of its model, which is of no other use afterwards.
+def check_method(config: PretrainConfig, model: nn.Module) -> Adapter:
+    """Attach the run's method to a shadow of its model, which is of no other use afterwards; the adapter.
 
     Raises:
         TrimtabError: it does not go with the model, or what it learns could not be saved.
@@ -51,6 +52,7 @@ def check_method(config: PretrainConfig, model: nn.Module) -> None:
             adapter.check_save()
         except CannotSave as error:
             raise ConfigError(f"method.train_also: {error}") from None
+    return adapter
 
 
 def complete_store(config: PretrainConfig) -> TokenStore | None:

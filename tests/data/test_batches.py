@@ -61,6 +61,7 @@ def test_a_batch_across_the_end_of_an_epoch_takes_from_both() -> None:
     assert torch.equal(seen.sort(dim=1).values, torch.arange(7).repeat(3, 1))
     assert not torch.equal(seen[0], seen[1])
     assert batches.epoch(7) == 3.0
+    assert [batches.distinct(steps) for steps in range(5)] == [0, 3, 6, 7, 7]
 
 
 def test_a_step_is_a_pure_function() -> None:

@@ -12,6 +12,7 @@ from models_for_tests import MODELS, logits, token_ids, train
 from torch import nn
 
 import trimtab
+from trimtab.nn.replay import Reads
 from trimtab.nn.weights import is_conv1d
 
 FAMILIES = ("llama", "gpt2", "bert", "t5")
@@ -173,6 +174,14 @@ def test_a_frozen_base_stays_as_it_was(family: str, base: str, method: str) -> N
     if not config.writes_base:
         assert not changed
         assert not trained & set(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_says_whether_its_hidden_states_can_be_kept(method: str) -> None:
+    """It gives a reason, unless its adapter tells what it reads."""
+    adapter = trimtab.attach(built("llama", "dense", method), METHODS[method]("llama"))
+    assert isinstance(adapter, Reads) == (adapter.config.no_hidden_cache == "")
+    assert isinstance(adapter, Reads) == (method == "read")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

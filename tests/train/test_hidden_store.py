@@ -330,6 +330,12 @@ def test_one_writer_at_a_time_and_any_number_of_readers(tmp_path: Path) -> None:
     with counting(inside_blocks(other)) as calls:
         assert_same(visit(twin, other, reader, new), second)  # written by the other after this one was opened
     assert not calls
+    assert len(reader.missing(newer)) == 2 and not reader.missing(new)
+    with pytest.raises(trimtab.ConfigError, match=r"need [\d,]+ bytes more"):
+        reader.prepare(1 << 50)
+    reader.prepare(9)
+    with pytest.raises(trimtab.ConfigError, match="somebody else writes to this cache"):
+        writer.prepare(9)
     visit(twin, other, reader, newer)
     with pytest.raises(trimtab.ConfigError, match="somebody else writes to this cache"):
         visit(

@@ -82,6 +82,21 @@ def test_what_touches_the_future_alone_may_change(name: str, value: Any) -> None
     assert not [note for note in notes if "bit for bit" in note]
 
 
+READS: dict[str, Any] = {"method": {"name": "read"}, "schedule": {}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "exact"),
+    [("a", "b", True), ("a", None, False), (None, "a", False)],
+)
+def test_hidden_states_may_lie_elsewhere(before: str | None, after: str | None, exact: bool) -> None:
+    """Another folder changes nothing that is computed; a cache more or less may, by its rounding."""
+    standing_ = standing(**READS, train__cache_hidden=before)
+    found, notes = continued(config(**READS, train__cache_hidden=after), standing_)
+    assert found.train.cache_hidden == (after and Path(after))
+    assert any("train.cache_hidden" in note and "not bit for bit" in note for note in notes) != exact
+
+
 @pytest.mark.parametrize(("name", "value"), [("device", "cpu"), ("train__micro_batch", 2), ("loss__chunk", 7)])
 def test_what_costs_exactness_is_said(name: str, value: Any) -> None:
     """Another way to compute the same is allowed, and its price is named."""

@@ -150,6 +150,10 @@ class TrainBatches:
         inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
         return _batch(inputs, labels, self._document_mask, self._eos_id)
 
+    def distinct(self, steps: int) -> int:
+        """How many different samples the first `steps` batches hold, of all ranks."""
+        return min(self.n_chunks, steps * self._sequences)
+
     def epoch(self, step: int) -> float:
         """How many times the data has been seen before 0-based `step` (that is, after `step` steps)."""
         return step * self._sequences / self.n_chunks

@@ -99,6 +99,11 @@ class Method(Settings, abc.ABC, metaclass=OneLine):
         return ""
 
     @property
+    def no_hidden_cache(self) -> str:
+        """Why hidden states cannot be kept for this method; empty where its adapter is one that `nn.replay.Reads`."""
+        return "it works inside the model, or reads more of it than its hidden states"
+
+    @property
     def switch_step(self) -> int:
         """Steps of full-rank training before the adapter comes into being; 0 for none."""
         return 0

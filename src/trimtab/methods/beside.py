@@ -160,6 +160,11 @@ class BesideAdapter(FrozenBaseAdapter):
             heads = {}
         elif not heads:
             raise ConfigError(f"train_also: {type(self.model).__name__} has no head that could train")
+        elif tied := [name for name, module in heads.items() if self._holds_words(module)]:
+            raise ConfigError(
+                f"train_also: {tied[0]} of {type(self.model).__name__} is tied to the embeddings, which lie before the "
+                "blocks and would need gradients through the backbone; leave 'head' out"
+            )
         names += [f"{name}." for name in heads]
         if chosen and "final_norm" in chosen:
             stack = self._stacks[-1]
@@ -171,6 +176,13 @@ class BesideAdapter(FrozenBaseAdapter):
                 )
             names += [f"{qualified(stack.owner_name, name)}." for name in norms]
         return [name for name in self._residence.parameters if name.startswith(tuple(names))] if names else []
+
+    def _holds_words(self, head: nn.Module) -> bool:
+        """Whether a head has a tensor of the input embeddings."""
+        getter = getattr(self.model, "get_input_embeddings", None)
+        words = getter() if callable(getter) else None
+        inside = set(map(id, words.parameters())) if isinstance(words, nn.Module) else set()
+        return any(id(parameter) in inside for parameter in head.parameters())
 
     # -- on the model --------------------------------------------------------------------------
 

@@ -76,6 +76,11 @@ class READ(Beside):
     def no_merge(self) -> str:
         return "a recurrent network over the layers corrects the output, and no weight of the base could stand for it"
 
+    @property
+    def no_hidden_cache(self) -> str:
+        why = "with backbone_dropout=True they are drawn anew in each forward (False keeps them the same)"
+        return why if self.backbone_dropout else ""
+
     def _attach(self, model: nn.Module, residence: Residence) -> READAdapter:
         return READAdapter(model, self, residence)
 
@@ -132,11 +137,6 @@ class READAdapter(BesideAdapter):
         super()._remove()
 
     def reading(self) -> Reading:
-        if self.config.backbone_dropout:
-            raise ConfigError(
-                "backbone_dropout=True: the hidden states are drawn anew in each forward, so they cannot be kept; "
-                "attach with backbone_dropout=False"
-            )
         widths = tuple(self.config.width or _width(stack, self.model) for stack in self._stacks)
         return Reading(tuple(self._hooks), widths, self._crossing, tuple(self._sides))
 

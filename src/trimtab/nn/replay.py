@@ -36,11 +36,7 @@ class Reads(Protocol):
     """An adapter whose network stands beside a frozen backbone, so that what it reads can be stored."""
 
     def reading(self) -> Reading:
-        """What it reads.
-
-        Raises:
-            ConfigError: that is another thing each time.
-        """
+        """What it reads."""
 
 
 #: Stands for a block's forward: takes the block and its arguments.

@@ -91,6 +91,20 @@ class Objective:
             logits.flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
+    def arguments(self, batch: Scored) -> dict[str, Any]:
+        """What the model is called with."""
+        arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        names = ["attention_mask", "position_ids"]
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            names = ["attention_mask", "decoder_input_ids", "decoder_attention_mask"]
+            if getattr(batch, "decoder_input_ids", None) is None:
+                raise ConfigError(
+                    f"{type(self.model).__name__} reads with an encoder and writes with a decoder, and the batch has "
+                    "no decoder_input_ids: give it the labels shifted to the right"
+                )
+        given = ((name, getattr(batch, name, None)) for name in names)
+        return arguments | {name: value for name, value in given if value is not None}
+
     def check(self, batch: Scored) -> None:
         """Compare the chunked loss with the model's own logits on the first tokens of a batch.
 
@@ -164,7 +178,7 @@ class Objective:
     def _hidden(self, batch: Scored) -> Tensor:
         """What the head is given, (n, S, d)."""
         with _stands_aside(self._head()) as given:
-            self.model(**self._arguments(batch))
+            self.model(**self.arguments(batch))
         if len(given) != 1:
             raise ConfigError(
                 f"the output head of {type(self.model).__name__} is called {len(given)} times in a forward, and the "
@@ -173,22 +187,8 @@ class Objective:
         return given[0]
 
     def _logits(self, batch: Scored) -> Tensor:
-        logits: Tensor = self.model(**self._arguments(batch)).logits
+        logits: Tensor = self.model(**self.arguments(batch)).logits
         return logits
-
-    def _arguments(self, batch: Scored) -> dict[str, Any]:
-        """What the model is called with."""
-        arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-        names = ["attention_mask", "position_ids"]
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            names = ["attention_mask", "decoder_input_ids", "decoder_attention_mask"]
-            if getattr(batch, "decoder_input_ids", None) is None:
-                raise ConfigError(
-                    f"{type(self.model).__name__} reads with an encoder and writes with a decoder, and the batch has "
-                    "no decoder_input_ids: give it the labels shifted to the right"
-                )
-        given = ((name, getattr(batch, name, None)) for name in names)
-        return arguments | {name: value for name, value in given if value is not None}
 
     def _head(self) -> nn.Linear:
         """The head as it is now; the end of a warm start may have made another of it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -38,10 +38,20 @@ class ProgressLine:
         start: completed steps at the beginning.
         end: the step at which this run ends.
         marks: the restarts.
+        more: words to put behind the figures of a step.
     """
 
-    def __init__(self, console: Console, total: int, start: int, end: int, marks: Sequence[int]) -> None:
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        start: int,
+        end: int,
+        marks: Sequence[int],
+        more: Callable[[], str] = lambda: "",
+    ) -> None:
         self.console = console
+        self._more = more
         self._total, self._end, self._marks = total, end, tuple(marks)
         self._step, self._seconds, self._timed = start, 0.0, 0
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
@@ -69,7 +79,8 @@ class ProgressLine:
         restarts = f"  restarts {done}/{len(self._marks)}" if self._marks else ""
         figures = (
             f"step {step}/{self._total}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s  {left} left{restarts}"
-        )
+            f"  {self._more()}"
+        ).rstrip()
         if self._live is None:
             self._print(figures)
         else:

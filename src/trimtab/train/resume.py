@@ -18,7 +18,13 @@ FREE = (
 )  # fmt: skip
 
 #: Settings that change how the same numbers are computed: the continuation is right, but no longer bit for bit.
-INEXACT = ("device", "train.micro_batch", "loss.chunked", "loss.chunk", "model.gradient_checkpointing")
+INEXACT = (
+    "device", "train.micro_batch", "train.cache_hidden", "train.cache_storage", "loss.chunked", "loss.chunk",
+    "model.gradient_checkpointing",
+)  # fmt: skip
+
+#: Of those, what may have another value, but not begin or cease to have one: where the same numbers lie.
+PLACES = ("train.cache_hidden",)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -59,6 +65,8 @@ def continued(config: PretrainConfig, checkpoint: Checkpoint) -> tuple[PretrainC
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     notes = []
     for key in changed:
+        if _under(key, PLACES) and None not in (before.get(key), after.get(key)):
+            continue
         if _under(key, INEXACT):
             notes.append(
                 f"{key} was {before.get(key)!r} and is {after.get(key)!r}: the run continues, but not bit for bit"

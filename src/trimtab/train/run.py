@@ -35,6 +35,7 @@ from trimtab.report.spectrum import update_spectrum
 from trimtab.report.start import write_start
 from trimtab.report.tokenbar import token_bar
 from trimtab.train import randomstate
+from trimtab.train.cached import open_cached
 from trimtab.train.checkpoint import Checkpoint, Checkpointer, newest
 from trimtab.train.evaluate import EvalResult, evaluate
 from trimtab.train.folder import refuse_used_folder, replace_text, save_model, sole_user
@@ -205,6 +206,10 @@ class _Run:
         objective.check(sample)
         if checkpoint is None:
             stack.enter_context(sole_user(self.folder))
+        before = checkpoint.extra.get("cache_hidden") if checkpoint else None
+        if cached := open_cached(config, adapter, objective, batches, self.device, before):
+            stack.callback(cached.cache.close)
+            cached.prepare(start, self.console)
         self._open_folder(checkpoint)
         if checkpoint is None:
             write_start(self.folder / "start.safetensors", adapter.effective_weights())
@@ -217,11 +222,16 @@ class _Run:
             optimizer,
             config.model_dump(mode="json"),
             keep=config.checkpoint.keep,
-            extra={"data": _data_identity(store), "store": str(store.folder.resolve())},
+            extra={
+                "data": _data_identity(store),
+                "store": str(store.folder.resolve()),
+                "cache_hidden": cached.place if cached else None,
+            },
             damaged=self.damaged,
             last=checkpoint.path if checkpoint else None,
         )
-        progress = ProgressLine(self.console, total, start, last, self.schedule.restarts)
+        more = cached.growth if cached else str
+        progress = ProgressLine(self.console, total, start, last, self.schedule.restarts, more)
         board = tensorboard_writer(self.folder / "tensorboard", start) if config.log.tensorboard else None
         log = RunLog(MetricsFile(self.folder / "metrics.jsonl"), progress, board, every=config.log.every, last=last)
         stack.callback(log.close)
@@ -245,7 +255,7 @@ class _Run:
                     adapter=adapter,
                     optimizer=optimizer,
                     schedule=self.schedule,
-                    objective=objective,
+                    objective=cached or objective,
                     batches=batches,
                     saver=saver,
                     log=log,

@@ -62,7 +62,7 @@ class Backbone:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """With what a module keeps elsewhere and writes into its state, such as the scales of quantised weights."""
         trained, beside = self._outside()
-        seen: set[int] = set()
+        seen: dict[int, Tensor] = {}  # held: a tensor made for its state alone (bitsandbytes) would leave its id behind
         for name, module in self._model.named_modules():
             if id(module) in beside:
                 continue
@@ -72,7 +72,7 @@ class Backbone:
             stored |= {f"{prefix}{leaf}": buffer for leaf, buffer in module._buffers.items() if buffer is not None}
             for key, tensor in stored.items():
                 if isinstance(tensor, Tensor) and id(tensor) not in trained and id(tensor) not in seen:
-                    seen.add(id(tensor))
+                    seen[id(tensor)] = tensor
                     yield key, tensor
 
 

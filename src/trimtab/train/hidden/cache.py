@@ -21,11 +21,11 @@ from torch import nn
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import Adapter
-from trimtab.nn.replay import Reading, Reads, called_with
+from trimtab.nn.replay import Reading, called_with
 from trimtab.train.hidden.backbone import differences
 from trimtab.train.hidden.codes import STORAGES, Storage, is_exact
 from trimtab.train.hidden.examples import Examples, examples_of
-from trimtab.train.hidden.identity import Identity, planes_of
+from trimtab.train.hidden.identity import Identity, planes_of, readable, token_bytes
 from trimtab.train.hidden.store import Store
 from trimtab.train.hidden.visit import Calls, Recorder, Replayer, autocast_of
 
@@ -78,20 +78,15 @@ class HiddenCache:
     ) -> None:
         if storage not in STORAGES:
             raise ConfigError(f"storage={storage!r} of hidden states is not known; use one of {', '.join(STORAGES)}")
-        if not isinstance(adapter, Reads):
-            raise ConfigError(
-                f"method {adapter.config.name}: hidden states can be kept for a method that reads those of a frozen "
-                "backbone and nothing else; this one works inside the model, or reads more"
-            )
         self.adapter, self.folder, self.storage = adapter, Path(folder), storage
-        self._reading: Reading = adapter.reading()
+        self._reading: Reading = readable(adapter)
         self._identity = Identity(adapter, self._reading, storage)
         self._calls: Calls | None = None
         self._planes = planes_of(self._reading, None)
         self._busy = False
         self._store = Store(self.folder)
         self._take_meta()
-        self._expected = self._per_stack(tokens)
+        self._expected = None if tokens is None else self._per_stack(tokens)
         if self._expected is not None:
             self._store.check_room(max(0, self._bytes(self._expected) - self._bytes(self.tokens)))
 
@@ -106,21 +101,21 @@ class HiddenCache:
         if rounded:
             kind = {"bf16": "bfloat16", "int8": "int8 with a scale for each token and layer"}[self.storage]
             name = str(rounded[0]).removeprefix("torch.")
-            warnings.warn(
+            self._tell_rounding(
                 f"storage={self.storage!r}: hidden states in {name} are rounded to {kind}, in the first epoch as in "
-                "later ones; storage='exact' keeps them as they are",
-                stacklevel=3,
+                "later ones; storage='exact' keeps them as they are"
             )
+
+    def _tell_rounding(self, text: str) -> None:
+        """Say once that what is stored is rounded."""
+        warnings.warn(text, stacklevel=4)
 
     # -- sizes ---------------------------------------------------------------------------------
 
     @property
     def token_bytes(self) -> tuple[int, ...]:
         """Bytes of a token, of each stack."""
-        return tuple(
-            sum(plane.token_bytes(self.storage) for plane in self._planes if plane.stack == number)
-            for number in range(len(self._reading.hooks))
-        )
+        return token_bytes(self._planes, self.storage)
 
     @property
     def bytes_per_token(self) -> int:
@@ -144,9 +139,7 @@ class HiddenCache:
     def _bytes(self, tokens: Sequence[int]) -> int:
         return sum(n * size for n, size in zip(tokens, self.token_bytes, strict=True))
 
-    def _per_stack(self, tokens: int | Sequence[int] | None) -> tuple[int, ...] | None:
-        if tokens is None:
-            return None
+    def _per_stack(self, tokens: int | Sequence[int]) -> tuple[int, ...]:
         stacks = len(self._reading.hooks)
         each = (tokens,) * stacks if isinstance(tokens, int) else tuple(tokens)
         if len(each) != stacks or min(each) < 0:
@@ -190,16 +183,46 @@ class HiddenCache:
             total = len(batches)  # type: ignore[arg-type]
         except TypeError:
             total = None
-        with tqdm(batches, total=total, desc="hidden states", unit="batch") as bar, torch.no_grad():
+        with tqdm(batches, total=total, desc="hidden states", unit="batch") as bar:
             bar.write(self._estimate(self._expected))
             for done, batch in enumerate(bar, start=1):
                 before = self.tokens
-                with self._visiting(batch, stop=True), suppress(_Enough):
-                    self.adapter.model(**batch)
+                self.add(batch)
                 if done == 1 and total is not None and self._expected is None:
                     new = (now - then for now, then in zip(self.tokens, before, strict=True))
                     bar.write(self._estimate([then + n * total for then, n in zip(before, new, strict=True)]))
                 bar.set_postfix_str(_size(self.size))
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Store what is new of a batch: the blocks run, the head does not.
+
+        Raises:
+            ConfigError: as `batch`.
+            CheckpointError: as `batch`.
+        """
+        with torch.no_grad(), self._visiting(batch, stop=True), suppress(_Enough):
+            self.adapter.model(**batch)
+
+    def missing(self, batch: Mapping[str, Any]) -> set[str]:
+        """The keys of the examples of a batch that are not stored.
+
+        Raises:
+            ConfigError: the batch is none that could be.
+        """
+        return {key for key in examples_of(batch, self._identity.sides).keys if key not in self._store.entries}
+
+    def prepare(self, tokens: int | Sequence[int]) -> None:
+        """Make sure, before anything is computed, that so many more tokens can be written.
+
+        Args:
+            tokens: of each stack, or one number for both.
+
+        Raises:
+            ConfigError: the disk has no room for them, or another process writes to the folder.
+        """
+        self._store.check_room(self._bytes(self._per_stack(tokens)))
+        self._store.begin_writing()
+        self._take_meta()
 
     def _estimate(self, tokens: Sequence[int] | None) -> str:
         """How large it will be with so many tokens, in words; checked against the free disk."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import Adapter
-from trimtab.nn.replay import Reading
+from trimtab.nn.replay import Reading, Reads
 from trimtab.nn.split import refuse_split
 from trimtab.nn.stacks import is_encoder_decoder, part
 from trimtab.train.hidden.backbone import Backbone, differences
@@ -37,13 +37,12 @@ class Identity:
         sides: what each stack is.
 
     Raises:
-        ConfigError: something trains that the hidden states depend on.
+        ConfigError: the model is split over processes.
     """
 
     def __init__(self, adapter: Adapter, reading: Reading, storage: Storage) -> None:
         self._model = adapter.model
         self._refuse_split()
-        _refuse_trained(adapter, reading)
         trained = [entry.parameter for entry in adapter.trainable()]
         self._backbone = Backbone(adapter.model, trained, reading.networks)
         self._state = self._backbone.state()
@@ -119,6 +118,23 @@ class Identity:
             ) from error
 
 
+def readable(adapter: Adapter) -> Reading:
+    """What an adapter reads, where that can be kept.
+
+    Raises:
+        ConfigError: it reads something else, or another thing each time; or something trains that the hidden states
+            depend on.
+    """
+    if why := adapter.config.no_hidden_cache:
+        raise ConfigError(
+            f"method {adapter.config.name}: hidden states cannot be kept for it: {why}; train it without a cache"
+        )
+    assert isinstance(adapter, Reads), adapter
+    reading = adapter.reading()
+    _refuse_trained(adapter, reading)
+    return reading
+
+
 def _refuse_trained(adapter: Adapter, reading: Reading) -> None:
     """What trains must lie behind the blocks."""
     inside = {id(p) for hooks in reading.hooks for block in hooks.stack.blocks for p in block.parameters()}
@@ -136,6 +152,21 @@ def _sides(model: nn.Module, reading: Reading) -> tuple[Side, ...]:
         decoder = set(map(id, part(model, "decoder").modules()))
         sides = ["decoder" if id(hooks.stack.blocks[0]) in decoder else "encoder" for hooks in reading.hooks]
     return tuple(sides)
+
+
+def bytes_of_tokens(adapter: Adapter, storage: Storage) -> tuple[int, ...]:
+    """What a token will take, of each stack; no folder is needed, and the model may be on the meta device.
+
+    Raises:
+        ConfigError: as `readable`.
+    """
+    return token_bytes(planes_of(readable(adapter), None), storage)
+
+
+def token_bytes(planes: Sequence[Plane], storage: Storage) -> tuple[int, ...]:
+    """Bytes of a token, of each stack."""
+    stacks = 1 + max(plane.stack for plane in planes)
+    return tuple(sum(p.token_bytes(storage) for p in planes if p.stack == number) for number in range(stacks))
 
 
 def planes_of(reading: Reading, calls: Calls | None) -> list[Plane]:

@@ -281,7 +281,7 @@ class Store:
             raise ConfigError(
                 f"{self.folder}: the cached hidden states need {needed:,} bytes more, and the disk has {free:,} free, "
                 f"of which {RESERVE:,} are left alone; free some space, give a folder on another disk, or store them "
-                "with storage='int8'"
+                "in a smaller form (int8)"
             )
 
     def close(self) -> None:
