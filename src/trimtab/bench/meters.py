@@ -147,7 +147,7 @@ def saved_bytes(function: Callable[[], object], exclude: Iterable[Tensor] = ()) 
         storage = _storage(tensor)
         if storage is not None and storage._cdata not in known and not _is_parameter(tensor):
             kept[storage._cdata] = storage
-        return tensor
+        return tensor.detach()  # an output that its own node saved would keep itself alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function()
