@@ -17,6 +17,12 @@ _ASIDE = frozenset(
      "use_cache"}
 )  # fmt: skip
 
+#: Numbers of a tensor, or so, that are looked at before each batch. A step of 1e-5 changes one in six of bf16 weights
+#: of deviation 0.02, the others being rounded back: all of 64 stay as they were in one of 50,000 tensors.
+_SAMPLED = 64
+#: Dtypes by whose numbers those of equal size are compared, bit for bit.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class Backbone:
     """The frozen tensors of a model, and how it is set.
@@ -45,8 +51,14 @@ class Backbone:
         return {name: _digest(tensor) for name, tensor in self._tensors()}
 
     def state(self) -> tuple[Any, ...]:
-        """Changes when somebody writes into a tensor or puts another in its place."""
-        return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._plain())
+        """Changes when somebody writes into a tensor or puts another in its place.
+
+        torch counts writes, but not those through `.data`, nor those of fused optimizers. Such a write touches much of
+        a tensor as a rule, so a sample of each is part of the state: cheap enough to be taken before every batch.
+        """
+        plain = list(self._plain())
+        told = ((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in plain)
+        return (*told, *_sample(plain))
 
     def _outside(self) -> tuple[set[int], set[int]]:
         return {id(p) for p in self._trained}, {id(m) for network in self._beside for m in network.modules()}
@@ -74,6 +86,25 @@ class Backbone:
                 if isinstance(tensor, Tensor) and id(tensor) not in trained and id(tensor) not in seen:
                     seen[id(tensor)] = tensor
                     yield key, tensor
+
+
+def _sample(tensors: Iterable[Tensor]) -> Iterator[bytes]:
+    """The bits of some `_SAMPLED` numbers of each tensor, or of all of a small one."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_meta:
+            continue
+        # In the order of memory, since a transposed tensor would be copied whole.
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        flat = tensor.detach().permute(order).reshape(-1)
+        step, width = max(1, len(flat) // _SAMPLED), tensor.shape[order[-1]] if order else 1
+        if step >= width > 1:  # from row to row by the golden section of a row: of all rows, and of all columns
+            step += int(width * 0.618) - step % width
+        some = flat[::step]
+        some = some.view(_BITS.get(some.dtype.itemsize, some.dtype))
+        alike.setdefault((some.device, some.dtype), []).append(some)
+    for parts in alike.values():  # one read of each device, and no copy of a tensor
+        yield torch.cat(parts).cpu().numpy().tobytes()
 
 
 def _digest(tensor: Tensor) -> str:
