@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,72 @@ def test_what_stands_behind_or_beside_the_backbone_is_no_part_of_it(tmp_path: Pa
         visit(pair.model, pair, cache, collate(examples("t5")))
     with pytest.raises(trimtab.CheckpointError, match="of other stacks of blocks"):
         open_cache(trimtab.attach(tiny_t5(), trimtab.READ(size=8, joiner="none")), tmp_path / "t5")
+
+
+def esm(**settings: Any) -> trimtab.Adapter:
+    from transformers import EsmConfig, EsmForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = EsmConfig(vocab_size=33, mask_token_id=32, pad_token_id=1, position_embedding_type="rotary", **sizes)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return trimtab.attach(EsmForSequenceClassification(config), trimtab.READ(size=8, init="drawn"))
+
+
+def stored(adapter: trimtab.Adapter, folder: Path) -> trimtab.HiddenCache:
+    """Of a batch, which is new to the folder or not."""
+    generator = torch.Generator().manual_seed(0)
+    batch = {"input_ids": torch.randint(4, 31, (2, 8), generator=generator), "labels": torch.tensor([0, 1])}
+    with open_cache(adapter, folder) as cache:
+        visit(adapter.model, adapter, cache, batch | {"attention_mask": torch.ones(2, 8)})
+    return cache
+
+
+def test_a_dropout_that_acts_without_training_counts(tmp_path: Path) -> None:
+    """ESM's token_dropout scales what an evaluated model reads; dropout itself does not act in a frozen backbone."""
+    stored(esm(token_dropout=True), tmp_path)
+    again = esm(token_dropout=True, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.4)
+    with counting(inside_blocks(again)) as calls:
+        stored(again, tmp_path)
+    assert not calls
+    with pytest.raises(trimtab.CheckpointError, match=r"other settings: token_dropout \(True there, False here\)"):
+        stored(esm(token_dropout=False), tmp_path)
+
+
+def test_settings_of_generation_do_not_count_and_words_that_make_inputs_do(tmp_path: Path) -> None:
+    stored(esm(), tmp_path)
+    stored(esm(begin_suppress_tokens=[1, 2], num_beams=4, forced_eos_token_id=2), tmp_path)
+    with pytest.raises(trimtab.CheckpointError, match=r"other settings: decoder_start_token_id \(.*, 3 here\)"):
+        stored(esm(decoder_start_token_id=3), tmp_path)
+
+
+def test_settings_of_a_models_parts_are_looked_at_alike() -> None:
+    from transformers import CLIPConfig, PreTrainedModel
+
+    class Whole(PreTrainedModel):
+        config_class = CLIPConfig
+
+    def settings(**text: Any) -> dict[str, Any]:
+        return Backbone(Whole(CLIPConfig(text_config=text)), [], []).settings()
+
+    assert settings() == settings(attention_dropout=0.5, num_beams=3, use_cache=False)
+    assert settings() != settings(hidden_act="relu")
+
+
+def test_a_folder_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    stored(esm(), tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps({**meta, "format": 1}))
+    with pytest.raises(
+        trimtab.CheckpointError, match="of format 1, and this version has format 2; give another folder, or delete"
+    ):
+        stored(esm(), tmp_path)
+
+
+def test_a_cache_without_examples_is_one(tmp_path: Path) -> None:
+    with open_cache(esm(), tmp_path) as cache:
+        assert len(cache) == 0 and cache
 
 
 def test_a_backbone_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:

@@ -136,6 +136,10 @@ class HiddenCache:
         """How many examples are stored."""
         return len(self._store.entries)
 
+    def __bool__(self) -> bool:
+        """True, also without examples: `if cache:` asks whether there is one."""
+        return True
+
     def _bytes(self, tokens: Sequence[int]) -> int:
         return sum(n * size for n, size in zip(tokens, self.token_bytes, strict=True))
 

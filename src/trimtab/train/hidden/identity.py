@@ -19,7 +19,8 @@ from trimtab.train.hidden.codes import Plane, Storage
 from trimtab.train.hidden.examples import Side
 from trimtab.train.hidden.visit import Calls
 
-FORMAT = 1
+#: 2: other settings are part of meta.json, other arguments of a call are part of a key.
+FORMAT = 2
 _WAY_OUT = "give another folder, or delete this one"
 
 
