@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families_for_tests import batch_for
 from hidden_parts import assert_same, collate, counting, examples, inside_blocks, open_cache, visit, with_read
 from models_for_tests import tiny_bert, tiny_llama, tiny_t5
 from torch import nn
@@ -114,6 +115,41 @@ def test_settings_of_a_models_parts_are_looked_at_alike() -> None:
 
     assert settings() == settings(attention_dropout=0.5, num_beams=3, use_cache=False)
     assert settings() != settings(hidden_act="relu")
+
+
+@pytest.mark.parametrize(("family", "words"), [("bert", "sdpa"), ("t5", "sdpa, sdpa"), ("albert", "sdpa")])
+def test_another_implementation_of_attention_is_refused(family: str, words: str, tmp_path: Path) -> None:
+    """Before anything is read, and also while the cache is open; back at the first one all is as it was."""
+    settings = {"blocks": ("albert_layer_groups",)} if family == "albert" else {}
+    model, adapter = with_read(family, **settings)
+    batch = batch_for(family)
+    new = {name: value.flip(1) if value.dim() > 1 else value for name, value in batch.items()}
+    other, again = with_read(family, **settings)
+    other.set_attn_implementation("eager")
+    message = f"computed with attention {words}, and it is {words.replace('sdpa', 'eager')} now; call the model as"
+    with open_cache(adapter, tmp_path) as cache:
+        first = visit(model, adapter, cache, batch)
+        model.set_attn_implementation("eager")
+        for asked in (batch, new):
+            with pytest.raises(trimtab.CheckpointError, match=message):
+                visit(model, adapter, cache, asked)
+        model.set_attn_implementation("sdpa")
+        assert_same(visit(model, adapter, cache, batch), first)
+    with open_cache(again, tmp_path) as cache, pytest.raises(trimtab.CheckpointError, match=message):
+        visit(other, again, cache, batch)
+
+
+def test_what_another_began_meanwhile_is_looked_at_as_well(tmp_path: Path) -> None:
+    """The folder was empty when this cache was opened, so that nothing was known of how it would be filled."""
+    model, adapter = with_read("bert")
+    other, again = with_read("bert")
+    other.set_attn_implementation("eager")
+    batch = batch_for("bert")
+    cache = open_cache(adapter, tmp_path)
+    with open_cache(again, tmp_path) as filled:
+        visit(other, again, filled, batch)
+    with pytest.raises(trimtab.CheckpointError, match="computed with attention eager, and it is sdpa now"):
+        visit(model, adapter, cache, batch)
 
 
 def test_a_folder_of_an_older_version_is_refused(tmp_path: Path) -> None:

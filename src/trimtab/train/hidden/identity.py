@@ -101,7 +101,7 @@ class Identity:
                 raise CheckpointError(f"{folder}: the cached hidden states are {what}: {odd}; {_WAY_OUT}")
         try:
             calls = meta["calls"]
-            lists = {name: tuple(calls[name]) for name in ("forms", "dtypes", "heads", "kwargs")}
+            lists = {name: tuple(calls[name]) for name in ("forms", "dtypes", "attention", "heads", "kwargs")}
             return Calls(**lists, autocast=str(calls["autocast"]))
         except (KeyError, TypeError) as error:
             raise CheckpointError(

@@ -39,6 +39,7 @@ class Calls:
         forms: of the outputs of each stack's blocks (see `DepthHooks.form`).
         dtypes: of each plane, by name.
         autocast: the dtype that it computes in under autocast; empty without.
+        attention: names of the implementations of attention in each stack's blocks.
         heads: of queries and keys of the cross-attention, where it is stored.
         kwargs: what each block's cross-attention is called with beside tensors.
     """
@@ -46,6 +47,7 @@ class Calls:
     forms: tuple[int, ...]
     dtypes: tuple[str, ...]
     autocast: str
+    attention: tuple[str, ...]
     heads: tuple[int, ...]
     kwargs: tuple[dict[str, Any], ...]
 
@@ -166,7 +168,8 @@ class Recorder:
                 new[row] = (tuple(counts[row] for counts in self._counts), record)
         forms = tuple(hooks.form for hooks in self._reading.hooks)
         autocast = autocast_of(self._reading)
-        self._finish(new, Calls(forms, tuple(self._dtypes), autocast, self._heads, tuple(self._kwargs)))
+        attention = attention_of(self._reading)
+        self._finish(new, Calls(forms, tuple(self._dtypes), autocast, attention, self._heads, tuple(self._kwargs)))
 
 
 class Replayer:
@@ -277,3 +280,17 @@ def autocast_of(reading: Reading) -> str:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return ""
     return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+
+
+def attention_of(reading: Reading) -> tuple[str, ...]:
+    """The names of the implementations of attention that each stack's blocks look up, in words.
+
+    Each gives other bits, and a model's can be changed at any time.
+    """
+    found = []
+    for hooks in reading.hooks:
+        modules = (module for block in hooks.stack.blocks for module in block.modules())
+        configs = {id(config): config for m in modules if (config := getattr(m, "config", None)) is not None}
+        names = {str(getattr(config, "_attn_implementation", None)) for config in configs.values()}
+        found.append(" and ".join(sorted(names)))
+    return tuple(found)
