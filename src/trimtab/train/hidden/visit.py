@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConfigError, NonFiniteError
 from trimtab.nn.crossing import WAY_OUT, Call
+from trimtab.nn.probabilities import is_even
 from trimtab.nn.replay import Reading, called_with, stand_ins
 from trimtab.nn.untraced import untraced
 from trimtab.train.hidden.codes import Plane, Storage, pack, unpack
@@ -262,7 +263,7 @@ def constants(kwargs: Mapping[str, Any], j: int) -> dict[str, Any]:
     """
     kept = {}
     for name, value in kwargs.items():
-        if isinstance(value, Tensor) and value.dim() == 4 and bool((value == value[..., :1]).all()):
+        if isinstance(value, Tensor) and value.dim() == 4 and is_even(value):
             continue
         if not isinstance(value, bool | int | float | str | None):
             raise ConfigError(
