@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from cached_parts import LAYERS, SEQ_LEN, WIDTH, config, counting_blocks, records, trained, write_inputs
 from models_for_tests import tiny_llama
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -197,6 +199,27 @@ def test_the_run_says_what_it_will_take_and_how_far_it_is(
     assert "train.cache_storage = int8 rounds the hidden states, which are computed in fp32" in printed
     assert not [warning for warning in recwarn if "storage=" in str(warning.message)]
     assert "sees each sequence once" not in printed
+
+
+def test_a_run_says_that_it_looks_for_its_sequences_in_a_folder_that_holds_some(
+    project: Path, tmp_path: Path, whole: Path
+) -> None:
+    """With a bar on a terminal, whose end is the epoch's; an empty folder has nothing to look for."""
+    found = int8(project, tmp_path, train__steps=5, train__cache_hidden=str(whole / "hidden"))
+    text = f"hidden states: looking for {sequences(project)} sequences in {whole / 'hidden'}\n"
+    assert text in trained(found)[1]
+    assert "looking" not in trained(int8(project, tmp_path, name="b", train__steps=1))[1]
+    terminal = Console(file=io.StringIO(), width=200, force_terminal=True)
+    adapter = trimtab.attach(tiny_llama(vocab_size=300), trimtab.READ(size=8))
+    cache = trimtab.HiddenCache(adapter, tmp_path / "new", "int8")
+    batches = TrainBatches(TokenStore.open(project / "store").train, SEQ_LEN, 4, 0, eos_id=0)
+    loss = CachedLoss(cache, Objective(cache.adapter.model), batches, found, torch.device("cpu"))
+    with pytest.warns(UserWarning, match="storage='int8'"):
+        loss.prepare(3, terminal)
+    assert len(cache) == 12
+    loss.prepare(0, terminal)
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "looking for them" in shown and "100%" in shown.rpartition("looking for them")[2]
 
 
 def test_a_run_that_sees_each_sequence_once_is_warned(project: Path, tmp_path: Path, whole: Path) -> None:

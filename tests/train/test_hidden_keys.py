@@ -62,10 +62,66 @@ def test_what_does_not_reach_the_blocks_is_left_out(change: str) -> None:
     assert keys(BASE | SAME[change]) == keys(BASE)
 
 
+@pytest.mark.filterwarnings("ignore:cache.batch.*pixel_values is not known")
 @pytest.mark.parametrize("change", OTHER)
 def test_what_reaches_the_blocks_tells_examples_apart(change: str) -> None:
     """Each of the two rows differs."""
     assert not set(keys(BASE | OTHER[change])) & set(keys(BASE))
+
+
+FOR_ALL: dict[str, tuple[Tensor, Tensor]] = {
+    "a vector of a number for each layer, say": (torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])),
+    "a matrix of layers and heads, say": (torch.ones(3, 4), torch.ones(3, 4).triu()),
+    "images, of which a row may have two": (
+        torch.zeros(3, 3, 4, 4),
+        torch.zeros(3, 3, 4, 4).index_fill(0, ids([2])[0], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOR_ALL)
+def test_what_may_be_for_all_rows_is_part_of_each_key_and_a_warning_says_so(kind: str) -> None:
+    """Also where it is as long as the batch, and the same in a row's own place."""
+    base = {"input_ids": ids([5, 6], [7, 8], [9, 3])}
+    one, other = FOR_ALL[kind]
+    assert torch.equal(one[0], other[0])
+    with pytest.warns(UserWarning, match="steer is not known to have a row for each example"):
+        first = keys(base | {"steer": one})
+    with pytest.warns(UserWarning, match="steer is not known"):
+        assert not set(first) & set(keys(base | {"steer": other}))
+
+
+def test_what_a_model_of_its_own_reads_tells_the_rows() -> None:
+    """By whatever name, if nothing else does."""
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    assert keys({"x": x.flip(0)}) == keys({"x": x})[::-1]
+
+
+def test_positions_on_several_axes() -> None:
+    """(3, B, S), as in M-RoPE, are told row by row; where B is 3, too, they count for all rows."""
+    tokens = ids([5, 6], [7, 8], [9, 3], [4, 4])
+    places = torch.arange(24).view(3, 4, 2)
+    changed = places.clone()
+    changed[1, 2] += 1
+    plain, moved = (keys({"input_ids": tokens, "position_ids": p}) for p in (places, changed))
+    assert [a == b for a, b in zip(plain, moved, strict=True)] == [True, True, False, True]
+    assert keys({"input_ids": tokens[1:3], "position_ids": places[:, 1:3]}) == plain[1:3]
+    three = [keys({"input_ids": tokens[:3], "position_ids": p[:, :3]}) for p in (places, changed)]
+    assert not set(three[0]) & set(three[1])
+
+
+def test_positions_for_all_rows_do_not_say_where_a_rows_tokens_are() -> None:
+    """Tokens on the right stand at other positions of (1, S) than the same ones on the left; so with other tensors."""
+    for shared in ({"position_ids": ids([0, 1, 2, 3])}, {"token_type_ids": ids([0, 0, 1, 1])}):
+        found = []
+        for mask, places in (
+            (ids([0, 0, 1, 1], [1, 1, 1, 1]), [0, 0, 0, 1]),
+            (ids([1, 1, 0, 0], [1, 1, 1, 1]), [0, 1, 0, 0]),
+        ):
+            tokens = torch.where(mask == 1, 5, 0)
+            given = {"position_ids": ids(places, [0, 1, 2, 3])}
+            found.append(keys({"input_ids": tokens, "attention_mask": mask, **given, **shared}))
+        assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
 
 
 def test_padding_on_the_left_needs_positions() -> None:

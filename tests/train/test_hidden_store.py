@@ -1,4 +1,4 @@
-"""Cached hidden states on disk: sizes, damage, crashes, other backbones, other writers, a full disk."""
+"""Cached hidden states on disk: sizes, damage, crashes, other writers, a full disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from hidden_parts import (
     visit,
     with_read,
 )
-from models_for_tests import tiny_bert, tiny_llama, tiny_t5
 from torch import nn
 
 import trimtab
@@ -242,72 +241,6 @@ def test_a_damaged_index_or_meta_is_found(tmp_path: Path) -> None:
     (tmp_path / "meta.json").unlink()
     with pytest.raises(trimtab.ConfigError, match=r"holds no hidden states \(meta.json is missing\)"):
         open_cache(adapter, tmp_path)
-
-
-# -- other backbones -------------------------------------------------------------------------------
-
-
-def theta() -> nn.Module:
-    model = tiny_llama()
-    model.config.rope_parameters["rope_theta"] = 5.0
-    return model
-
-
-OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, str]] = {
-    "weights": (lambda: tiny_llama(seed=5), {}, "bf16", r"of another backbone: lm_head.weight .* and \d+ more"),
-    "dtype": (lambda: tiny_llama().bfloat16(), {}, "bf16", "of another backbone"),
-    "settings": (theta, {}, "bf16", "of a backbone with other settings: rope_parameters"),
-    "depth": (lambda: tiny_llama(num_hidden_layers=3), {}, "bf16", "of other stacks of blocks"),
-    "family": (tiny_bert, {}, "bf16", "of other stacks of blocks"),
-    "storage": (tiny_llama, {}, "int8", "stored in another form: storage 'bf16' there, 'int8' here"),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_another_backbone_is_refused_and_named(other: str, tmp_path: Path) -> None:
-    model, adapter = with_read("llama")
-    with open_cache(adapter, tmp_path) as cache:
-        visit(model, adapter, cache, collate(examples("llama")))
-    make, settings, storage, message = OTHERS[other]
-    with pytest.raises(trimtab.CheckpointError, match=f"{message}.*; give another folder, or delete this one"):
-        open_cache(trimtab.attach(make(), trimtab.READ(size=8, **settings)), tmp_path, storage)
-
-
-def test_what_stands_behind_or_beside_the_backbone_is_no_part_of_it(tmp_path: Path) -> None:
-    """Another READ of another size, a trained head and another number of labels leave the cache as it is."""
-    model, adapter = with_read("bert")
-    batch = collate(examples("bert"))
-    with open_cache(adapter, tmp_path) as cache:
-        visit(model, adapter, cache, batch)
-    other = tiny_bert()
-    other.config.id2label = {0: "no", 1: "yes"}
-    with torch.no_grad():
-        other.classifier.weight.add_(1)
-    again = trimtab.attach(other, trimtab.READ(size=4, cell="gru", init="drawn"))
-    with open_cache(again, tmp_path) as cache, counting(inside_blocks(again)) as calls:
-        visit(other, again, cache, batch)
-    assert not calls
-    pair = trimtab.attach(tiny_t5(), trimtab.READ(size=8))
-    with open_cache(pair, tmp_path / "t5") as cache:
-        visit(pair.model, pair, cache, collate(examples("t5")))
-    with pytest.raises(trimtab.CheckpointError, match="of other stacks of blocks"):
-        open_cache(trimtab.attach(tiny_t5(), trimtab.READ(size=8, joiner="none")), tmp_path / "t5")
-
-
-def test_a_backbone_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
-    model, adapter = with_read("llama")
-    batch = collate(examples("llama"))
-    cache = open_cache(adapter, tmp_path)
-    first = visit(model, adapter, cache, batch)
-    weight = model.model.layers[0].mlp.up_proj.weight
-    with torch.no_grad():
-        weight.add_(1)
-    with pytest.raises(trimtab.CheckpointError, match=r"has changed since .*: model\.layers\.0\.mlp\.up_proj\.weight"):
-        visit(model, adapter, cache, batch)
-    with torch.no_grad():
-        weight.sub_(1)
-    weight.data = tiny_llama().model.layers[0].mlp.up_proj.weight.data.clone()  # moved, but the same
-    assert_same(visit(model, adapter, cache, batch), first)
 
 
 # -- writers and the disk --------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from models_for_tests import tiny_llama, token_ids
 from torch import nn
 
 import trimtab
+from trimtab.train.hidden.visit import constants
 
 
 @pytest.mark.parametrize("storage", ["bf16", "int8", "exact"])
@@ -221,6 +222,26 @@ def test_autocast(tmp_path: Path) -> None:
     assert torch.equal(*losses)
     with pytest.raises(trimtab.CheckpointError, match="computed with autocast bfloat16, and it is off now"), quiet():
         visit(model, adapter, cache, batch)
+
+
+def test_what_a_cross_attention_adds_to_all_keys_is_looked_at_once(tmp_path: Path) -> None:
+    """T5 hands its blocks one tensor of zeros, large as their scores; another kind of bias is refused."""
+    from trimtab.nn import probabilities
+
+    seen: list[str] = []
+
+    class Bias(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    bias = torch.zeros(1, 2, 3, 3).as_subclass(Bias)
+    for j in range(3):
+        assert constants({"position_bias": bias, "dropout": 0.0}, j) == {"dropout": 0.0}
+    assert probabilities.is_even(bias) and seen.count("all") == 1
+    with pytest.raises(trimtab.ConfigError, match="decoder block 1 is called with position_bias"):
+        constants({"position_bias": torch.eye(3)[None, None]}, 1)
 
 
 def test_a_decoder_without_its_encoders_network(tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def _compact(mask: Any, kwargs: Mapping[str, Any], queries: int, broadcasts: boo
 
     kwargs = {name: compact(value) for name, value in kwargs.items()}
     bias = kwargs.get("position_bias")
-    if broadcasts and isinstance(bias, Tensor) and _once(_EVEN, bias, _even):
+    if broadcasts and isinstance(bias, Tensor) and is_even(bias):
         kwargs["position_bias"] = None
     return compact(mask), kwargs
 
@@ -274,9 +274,9 @@ def _one_row(tensor: Tensor) -> Tensor | None:
     return first.detach().clone() if alike else None
 
 
-def _even(bias: Tensor) -> bool:
-    """Whether what is added to the scores is the same for all keys, so that the softmax does not see it."""
-    return bias.is_meta or bool((bias == bias[..., :1]).all())
+def is_even(bias: Tensor) -> bool:
+    """Whether what is added to the scores (.., Q, K) is the same for all keys, so that the softmax does not see it."""
+    return bias.is_meta or bool(_once(_EVEN, bias, lambda tensor: bool((tensor == tensor[..., :1]).all())))
 
 
 def _once(cache: Any, tensor: Tensor, look: Callable[[Tensor], Any]) -> Any:

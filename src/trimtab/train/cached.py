@@ -74,7 +74,7 @@ class CachedLoss:
         config, cache = self._config, self.cache
         steps, seq_len = config.train.steps, config.data.seq_len
         sequences = self._batches.distinct(steps)
-        missing = self._missing(steps) if len(cache) else sequences
+        missing = self._missing(steps, console) if len(cache) else sequences
         self._goal = sum(cache.tokens) + missing * seq_len
         for line in told(config, cache.folder, cache.bytes_per_token, self._batches.n_chunks, sequences - missing):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -85,7 +85,9 @@ class CachedLoss:
 
     def _compute_anew(self, start: int, console: Console) -> None:
         """Store what the completed steps have seen and is not there, in the order and the company of that time."""
-        lacking = [part for part in self._first_seen(start) if self.cache.missing(self._objective.arguments(part))]
+        lacking = [
+            part for part in self._first_seen(start, console) if self.cache.missing(self._objective.arguments(part))
+        ]
         if not lacking:
             return
         text = f"hidden states: computing {len(lacking):,} micro-batches of the {start:,} completed steps anew"
@@ -101,21 +103,26 @@ class CachedLoss:
         done, goal = (size_text(tokens * self.cache.bytes_per_token) for tokens in (stored, self._goal))
         return f"hidden states {done} of {goal}"
 
-    def _first_seen(self, steps: int) -> Iterator[Batch]:
-        """The micro-batches of the first `steps` steps in which a sequence is seen for the first time."""
+    def _first_seen(self, steps: int, console: Console) -> Iterator[Batch]:
+        """The micro-batches of the first `steps` steps in which a sequence is seen for the first time, with a bar."""
         position = 0  # in the endless sequence of epochs
-        for step in range(steps):
+        train = self._config.train
+        due = -(-self._batches.distinct(steps) * self._config.data.seq_len // train.batch_tokens)
+        hidden = not (due and console.is_terminal)
+        for step in track(range(due), "looking for them", console=console, disable=hidden):
             batch = self._batches.batch(step)
-            for part in batch.split(self._config.train.micro_batch or len(batch)):
+            for part in batch.split(train.micro_batch or len(batch)):
                 if position >= self._batches.n_chunks:
-                    return
+                    break
                 yield part
                 position += len(part)
 
-    def _missing(self, steps: int) -> int:
-        """How many of the sequences of the first `steps` steps are not stored."""
+    def _missing(self, steps: int, console: Console) -> int:
+        """How many of the sequences of the first `steps` steps are not stored; each is read for it."""
         keys: set[str] = set()
-        for part in self._first_seen(steps):
+        text = f"hidden states: looking for {self._batches.distinct(steps):,} sequences in {self.cache.folder}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        for part in self._first_seen(steps, console):
             keys |= self.cache.missing(self._objective.arguments(part))
         return len(keys)
 

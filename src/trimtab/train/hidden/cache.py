@@ -27,7 +27,7 @@ from trimtab.train.hidden.codes import STORAGES, Storage, is_exact
 from trimtab.train.hidden.examples import Examples, examples_of
 from trimtab.train.hidden.identity import Identity, planes_of, readable, token_bytes
 from trimtab.train.hidden.store import Store
-from trimtab.train.hidden.visit import Calls, Recorder, Replayer, autocast_of
+from trimtab.train.hidden.visit import Calls, Recorder, Replayer, attention_of, autocast_of
 
 
 class _Enough(Exception):
@@ -135,6 +135,10 @@ class HiddenCache:
     def __len__(self) -> int:
         """How many examples are stored."""
         return len(self._store.entries)
+
+    def __bool__(self) -> bool:
+        """True, also without examples: `if cache:` asks whether there is one."""
+        return True
 
     def _bytes(self, tokens: Sequence[int]) -> int:
         return sum(n * size for n, size in zip(tokens, self.token_bytes, strict=True))
@@ -258,15 +262,12 @@ class HiddenCache:
 
     def _start(self, examples: Examples, stop: bool) -> Recorder | Replayer:
         """What lets a forward with these examples run."""
-        entries, autocast = self._store.entries, autocast_of(self._reading)
-        if self._calls is not None and autocast != self._calls.autocast:
-            raise CheckpointError(
-                f"{self.folder}: the cached hidden states were computed with autocast {self._calls.autocast or 'off'}, "
-                f"and it is {autocast or 'off'} now; call the model as before, or give another folder"
-            )
+        entries = self._store.entries
+        self._check_called_alike()
         if not all(key in entries for key in examples.keys):
             self._store.begin_writing()  # and see what others wrote
             self._take_meta()
+            self._check_called_alike()
         known = {row: key for row, key in enumerate(examples.keys) if key in entries}
         records = {row: (self._store.read(key), entries[key].counts) for row, key in known.items()}
         if len(records) == len(examples.keys):
@@ -282,6 +283,20 @@ class HiddenCache:
                 raise _Enough
 
         return Recorder(self._reading, self._planes, self.storage, examples, records, finish)
+
+    def _check_called_alike(self) -> None:
+        """Whether the model runs as it did when what is stored was computed."""
+        if self._calls is None:
+            return
+        now = {"autocast": autocast_of(self._reading), "attention": attention_of(self._reading)}
+        then = {"autocast": self._calls.autocast, "attention": self._calls.attention}
+        for name, value in now.items():
+            if value != then[name]:
+                there, here = (", ".join((x,) if isinstance(x, str) else x) or "off" for x in (then[name], value))
+                raise CheckpointError(
+                    f"{self.folder}: the cached hidden states were computed with {name} {there}, and it is {here} now; "
+                    "call the model as before, or give another folder"
+                )
 
     def _write(self, examples: Examples, new: dict[int, tuple[tuple[int, ...], bytes]], calls: Calls) -> None:
         if self._calls is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,9 @@ _TOKENS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "atte
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_position_ids", "decoder_attention_mask", "labels")
 #: What a model reads, by which the rows of a batch are counted.
 _MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids")
+#: Further tensors with a row for each example, by what models call them. Others may hold something for all rows, or
+#: images of which a row has several, though they be as long as the batch.
+_ROWS = {*_TOKENS, *_DECODER, "bbox", "bool_masked_pos", "global_attention_mask", "langs"}
 #: What says nothing about the hidden states.
 _FLAGS = frozenset(
     {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "num_items_in_batch", "return_loss"}
@@ -150,9 +154,11 @@ def examples_of(batch: Mapping[str, Any], sides: Sequence[Side]) -> Examples:
     if pair:
         masks["decoder"] = _decoder_mask(values, batch.get("labels"))
     rows = len(values[names[0]])
+    found = {name: _by_row(name, value, values[names[0]]) for name, value in values.items()}
+    by_row = {name: tensor for name, tensor in found.items() if tensor is not None}
     fixed = hashlib.sha256()
     for name, value in sorted(values.items()):
-        if not _is_of_rows(value, rows):
+        if name not in by_row:
             fixed.update(_header(name, value) + (_content(value) if isinstance(value, Tensor) else b""))
     if (
         pair
@@ -162,10 +168,11 @@ def examples_of(batch: Mapping[str, Any], sides: Sequence[Side]) -> Examples:
     ):
         # The decoder's inputs are made of the encoder's, padding and all.
         fixed.update(_header("length", masks["encoder"].shape[1]))
+    shared = any(isinstance(value, Tensor) and value.dim() > 0 and name not in by_row for name, value in values.items())
     keys = []
     for row in range(rows):
         digest = fixed.copy()
-        for part in _parts(values, masks, rows, row):
+        for part in _parts(by_row, masks, row, shared=shared):
             digest.update(part)
         keys.append(digest.hexdigest()[:32])
     return Examples(keys, tuple(Tokens(masks[side]) for side in sides), given)
@@ -191,8 +198,31 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def _is_of_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
+def _by_row(name: str, value: Any, main: Tensor) -> Tensor | None:
+    """A tensor with a row for each example (B, ...); None for what is for all of them, or may be.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        main: (B, S, ...), by which the rows are counted.
+    """
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return None
+    if value is main:
+        return main
+    if value.dim() == 3 and name in ("position_ids", "decoder_position_ids"):
+        # (axes, B, S); with as many axes as rows it might be the other way, and counts for all rows.
+        return value.permute(1, 2, 0) if value.shape[1:] == main.shape[:2] and len(value) != len(main) else None
+    if len(value) != len(main):
+        return None
+    if name in _LABELS or (name in _ROWS and value.dim() > 1):
+        return value
+    warnings.warn(
+        f"cache.batch(batch): {name} is not known to have a row for each example, so all of it is part of each "
+        "example's key: hidden states are found again in batches with the same one alone",
+        stacklevel=2,
+    )
+    return None
 
 
 def _mask(values: Mapping[str, Any]) -> Tensor | None:
@@ -221,19 +251,26 @@ def _decoder_mask(values: Mapping[str, Any], labels: Any) -> Tensor | None:
     return told.flip(1).cumsum(1).flip(1) > 0
 
 
-def _parts(values: Mapping[str, Any], masks: Mapping[str, Tensor | None], rows: int, row: int) -> Iterator[bytes]:
-    """What a row's key is made of."""
+def _parts(
+    by_row: Mapping[str, Tensor], masks: Mapping[str, Tensor | None], row: int, *, shared: bool
+) -> Iterator[bytes]:
+    """What a row's key is made of.
+
+    Args:
+        by_row: tensors (B, ...).
+        masks: of tokens.
+        row: which.
+        shared: whether the batch holds a tensor for all rows, which may mean another thing at another place.
+    """
     mask, decoder_mask = masks.get("encoder", masks.get("only")), masks.get("decoder")
-    for which, names in ((mask, ("position_ids",)), (decoder_mask, ("decoder_position_ids",))):
+    for which, name in ((mask, "position_ids"), (decoder_mask, "decoder_position_ids")):
         if which is not None:
             at = which[row].nonzero()[:, 0]
             # Positions that are given say where the tokens are; else their places do.
-            if len(at) and any(name in values for name in names):
+            if len(at) and name in by_row and not shared:
                 at = at - at[0]
-            yield _header(names[0], at) + _content(at)
-    for name, value in sorted(values.items()):
-        if not _is_of_rows(value, rows):
-            continue
+            yield _header(name, at) + _content(at)
+    for name, value in sorted(by_row.items()):
         which = mask if name in _TOKENS else decoder_mask if name in _DECODER else None
         part = value[row]
         if which is not None and value.shape[:2] == which.shape:

@@ -20,7 +20,8 @@ from trimtab.train.hidden.codes import Plane, Storage
 from trimtab.train.hidden.examples import Side
 from trimtab.train.hidden.visit import Calls
 
-FORMAT = 1
+#: 2: other settings are part of meta.json, other arguments of a call are part of a key.
+FORMAT = 2
 _WAY_OUT = "give another folder, or delete this one"
 
 
@@ -110,7 +111,7 @@ class Identity:
                 raise CheckpointError(f"{folder}: the cached hidden states are {what}: {odd}; {_WAY_OUT}")
         try:
             calls = meta["calls"]
-            lists = {name: tuple(calls[name]) for name in ("forms", "dtypes", "heads", "kwargs")}
+            lists = {name: tuple(calls[name]) for name in ("forms", "dtypes", "attention", "heads", "kwargs")}
             return Calls(**lists, autocast=str(calls["autocast"]))
         except (KeyError, TypeError) as error:
             raise CheckpointError(

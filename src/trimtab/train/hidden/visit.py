@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConfigError, NonFiniteError
 from trimtab.nn.crossing import WAY_OUT, Call
+from trimtab.nn.probabilities import is_even
 from trimtab.nn.replay import Reading, called_with, stand_ins
 from trimtab.nn.untraced import untraced
 from trimtab.train.hidden.codes import Plane, Storage, pack, unpack
@@ -39,6 +40,7 @@ class Calls:
         forms: of the outputs of each stack's blocks (see `DepthHooks.form`).
         dtypes: of each plane, by name.
         autocast: the dtype that it computes in under autocast; empty without.
+        attention: names of the implementations of attention in each stack's blocks.
         heads: of queries and keys of the cross-attention, where it is stored.
         kwargs: what each block's cross-attention is called with beside tensors.
     """
@@ -46,6 +48,7 @@ class Calls:
     forms: tuple[int, ...]
     dtypes: tuple[str, ...]
     autocast: str
+    attention: tuple[str, ...]
     heads: tuple[int, ...]
     kwargs: tuple[dict[str, Any], ...]
 
@@ -166,7 +169,8 @@ class Recorder:
                 new[row] = (tuple(counts[row] for counts in self._counts), record)
         forms = tuple(hooks.form for hooks in self._reading.hooks)
         autocast = autocast_of(self._reading)
-        self._finish(new, Calls(forms, tuple(self._dtypes), autocast, self._heads, tuple(self._kwargs)))
+        attention = attention_of(self._reading)
+        self._finish(new, Calls(forms, tuple(self._dtypes), autocast, attention, self._heads, tuple(self._kwargs)))
 
 
 class Replayer:
@@ -259,7 +263,7 @@ def constants(kwargs: Mapping[str, Any], j: int) -> dict[str, Any]:
     """
     kept = {}
     for name, value in kwargs.items():
-        if isinstance(value, Tensor) and value.dim() == 4 and bool((value == value[..., :1]).all()):
+        if isinstance(value, Tensor) and value.dim() == 4 and is_even(value):
             continue
         if not isinstance(value, bool | int | float | str | None):
             raise ConfigError(
@@ -277,3 +281,17 @@ def autocast_of(reading: Reading) -> str:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return ""
     return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+
+
+def attention_of(reading: Reading) -> tuple[str, ...]:
+    """The names of the implementations of attention that each stack's blocks look up, in words.
+
+    Each gives other bits, and a model's can be changed at any time.
+    """
+    found = []
+    for hooks in reading.hooks:
+        modules = (module for block in hooks.stack.blocks for module in block.modules())
+        configs = {id(config): config for m in modules if (config := getattr(m, "config", None)) is not None}
+        names = {str(getattr(config, "_attn_implementation", None)) for config in configs.values()}
+        found.append(" and ".join(sorted(names)))
+    return tuple(found)
