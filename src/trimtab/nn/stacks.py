@@ -240,7 +240,7 @@ class DepthHooks:
 class _Still(Swapped):
     """Mixin of a module that stays in eval mode: its dropout is off whatever `model.train()` says."""
 
-    label = "Still"
+    label = ""
 
     def train(self, mode: bool = True) -> Any:
         return super().train(False)  # type: ignore[misc]
