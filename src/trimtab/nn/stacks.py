@@ -161,7 +161,7 @@ class DepthHooks:
         self.through: Through | None = None
         self.form = 0
         self._done = 0
-        self._modes: list[bool] = []
+        self._grad = True
         self._handles: list[Any] = []
 
     def put_on(self) -> None:
@@ -170,15 +170,17 @@ class DepthHooks:
         self._handles.append(owner.register_forward_pre_hook(self._before_stack))
         self._handles.append(owner.register_forward_hook(self._after_stack))
         for block in dict.fromkeys(self.stack.blocks):
+            put_on(block, _Guarded)
             self._handles.append(block.register_forward_pre_hook(self._before_block))
-            # Called even if the block fails, so that gradients do not stay off.
-            self._handles.append(block.register_forward_hook(self._after_block, always_call=True))
+            self._handles.append(block.register_forward_hook(self._after_block))
 
     def take_off(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for block in dict.fromkeys(self.stack.blocks):
+            take_off(block, _Guarded)
         self._done = 0
 
     @property
@@ -201,9 +203,8 @@ class DepthHooks:
     def _before_block(self, block: nn.Module, args: Any) -> None:
         self._check_order(block)
         if self._done == 0:
-            self._modes.clear()
             self._listener.begin()
-        self._modes.append(torch.is_grad_enabled())
+        self._grad = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
 
     def _check_order(self, block: nn.Module) -> None:
@@ -219,11 +220,8 @@ class DepthHooks:
 
     @untraced
     def _after_block(self, block: nn.Module, args: Any, output: Any) -> Any:
-        if self._modes:
-            torch.set_grad_enabled(self._modes.pop())
+        torch.set_grad_enabled(self._grad)
         hidden = output[0] if isinstance(output, tuple) else output
-        if hidden is None:  # the block failed, and its error is on its way
-            return None
         if not isinstance(hidden, Tensor):
             raise ConfigError(
                 f"{self.stack.name}: block {self._done} gives {type(output).__name__}, and hidden states must be a "
@@ -235,6 +233,23 @@ class DepthHooks:
         if changed is None:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+class _Guarded(Swapped):
+    """Mixin of a block whose call ends in the grad mode it began in, whatever ends it.
+
+    torch calls no hook after an interrupt (KeyboardInterrupt, SystemExit), so the hooks alone would leave gradients
+    off in the whole process.
+    """
+
+    label = ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        grad = torch.is_grad_enabled()
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            torch.set_grad_enabled(grad)
 
 
 class _Still(Swapped):
