@@ -28,7 +28,7 @@ class Stack:
         name: of the list that holds the blocks, in the model.
         owner_name: of the module that holds the list; empty for the model itself.
         owner: that module, whose forward runs the blocks.
-        blocks: the list's elements.
+        blocks: the list's elements, each once.
         calls: how many times a block is called in one forward; more than there are blocks where they are shared.
     """
 
@@ -82,7 +82,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _one(lists: Mapping[str, nn.Module], ending: str) -> str:
-    fits = [name for name in lists if name == ending or name.endswith(f".{ending}")]
+    fits = [ending] if ending in lists else [name for name in lists if name.endswith(f".{ending}")]
     if len(fits) != 1:
         what = "no list of blocks" if not fits else f"{len(fits)} lists ({', '.join(fits)})"
         raise ConfigError(
@@ -93,13 +93,14 @@ def _one(lists: Mapping[str, nn.Module], ending: str) -> str:
 
 
 def _stack(model: nn.Module, name: str) -> Stack:
-    blocks = tuple(model.get_submodule(name).children())
+    entries = [module for module in model.get_submodule(name)._modules.values() if module is not None]
+    blocks = tuple(dict.fromkeys(entries))  # a list may hold a block several times
     owner_name = name.rpartition(".")[0]
     owner = model.get_submodule(owner_name)
     config: Any = getattr(owner, "config", None) or getattr(model, "config", None)
     # A config that counts groups of layers says that the layers of a group are one module (ALBERT).
     shared = getattr(config, "num_hidden_groups", None) is not None
-    return Stack(name, owner_name, owner, blocks, config.num_hidden_layers if shared else len(blocks))
+    return Stack(name, owner_name, owner, blocks, config.num_hidden_layers if shared else len(entries))
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
