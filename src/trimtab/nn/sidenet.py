@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from trimtab.errors import ConfigError
 from trimtab.nn.precision import cast_linear, compute_dtype_of
 from trimtab.nn.recurrence import Cell, DepthCell, Prepared
 
@@ -66,6 +67,7 @@ class SideNetwork(nn.Module):
         recurrent = cell != "none"
         kind: Cell = "rnn" if cell == "none" else cell
 
+        self.width = width
         self.recurrent = recurrent
         self.cells = nn.ModuleList(
             DepthCell(width, size, kind=kind, joined=joined, generator=generator, device=device, dtype=dtype)
@@ -148,7 +150,16 @@ class DepthRun:
 
         Returns:
             After the last call agg(h) (B, S, k); before it None.
+
+        Raises:
+            ConfigError: phi is of another width than the network was made for.
         """
+        if phi.shape[-1] != self.side.width:
+            raise ConfigError(
+                f"width: block {number} gives hidden states {phi.shape[-1]} wide, and the network beside it reads "
+                f"{self.side.width}; give width=, or, where a model's blocks differ in width, name the last ones of "
+                "one width with blocks="
+            )
         dtype = compute_dtype_of(phi)
         if not self._prepared:
             self._prepared = self.side.prepare(dtype)

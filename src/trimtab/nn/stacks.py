@@ -64,9 +64,7 @@ def find_stacks(model: nn.Module, named: tuple[str, ...] = ()) -> list[Stack]:
     }
     if named:
         return [_stack(model, _one(lists, ending)) for ending in named]
-    found = [
-        name for name, module in lists.items() if isinstance(module, nn.ModuleList) and all(map(_is_block, module))
-    ]
+    found = [name for name, module in lists.items() if isinstance(module, nn.ModuleList) and all(map(is_block, module))]
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if not outermost:
         raise ConfigError(
@@ -76,7 +74,7 @@ def find_stacks(model: nn.Module, named: tuple[str, ...] = ()) -> list[Stack]:
     return [_stack(model, name) for name in outermost]
 
 
-def _is_block(module: nn.Module) -> bool:
+def is_block(module: nn.Module) -> bool:
     """Whether a module is of transformers' class of blocks, told by name, so that nothing is imported."""
     return any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
 
@@ -104,8 +102,14 @@ def _stack(model: nn.Module, name: str) -> Stack:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model reads with an encoder and writes with a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    """Whether a model reads with an encoder and writes with a decoder; some with such a config have none."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and bool(_part(model, "decoder"))
+
+
+def _part(model: nn.Module, kind: str) -> nn.Module | None:
+    getter = getattr(model, f"get_{kind}", None)
+    found = getter() if callable(getter) else None
+    return found if isinstance(found, nn.Module) and found is not model else None
 
 
 def part(model: nn.Module, kind: str) -> nn.Module:
@@ -114,10 +118,12 @@ def part(model: nn.Module, kind: str) -> nn.Module:
     Raises:
         ConfigError: the model does not say which it is.
     """
-    getter = getattr(model, f"get_{kind}", None)
-    found = getter() if callable(getter) else None
-    if not isinstance(found, nn.Module) or found is model:
-        raise ConfigError(f"{type(model).__name__} has no get_{kind}() that names its {kind}")
+    found = _part(model, kind)
+    if found is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no get_{kind}() that gives its {kind}, by which its blocks would be known; "
+            "give its class one"
+        )
     return found
 
 
