@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from typing import Any
 
 import pytest
@@ -57,3 +59,59 @@ def test_an_interrupt_within_a_cross_attention_is_forgotten() -> None:
     handle.remove()
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, whole)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_second_thread_is_refused_while_a_forward_runs_and_let_in_then(name: str) -> None:
+    """The first one's answer stays right; a thread that ended within a forward keeps nobody out."""
+    model, ids = tiny_llama().eval(), token_ids()
+    trimtab.attach(model, METHODS[name])
+    whole = model(input_ids=ids, use_cache=False).logits
+    begun, go_on = threading.Event(), threading.Event()
+    answers: list[Any] = []
+
+    def wait(*_: Any) -> None:
+        begun.set()
+        go_on.wait()
+
+    def run() -> None:
+        with contextlib.suppress(ZeroDivisionError):
+            answers.append(model(input_ids=ids, use_cache=False).logits)
+
+    handle = model.model.layers[1].register_forward_pre_hook(wait)
+    other = threading.Thread(target=run)
+    other.start()
+    begun.wait()
+    try:
+        with pytest.raises(trimtab.ConfigError, match=r"another thread.*copy\.deepcopy"):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+        go_on.set()
+        other.join()
+    assert torch.equal(answers.pop(), whole)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, whole)
+
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    other = threading.Thread(target=run)
+    other.start()
+    other.join()
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    other = threading.Thread(target=run)
+    other.start()
+    other.join()
+    assert torch.equal(answers.pop(), whole)
+    assert not answers and torch.equal(model(input_ids=ids, use_cache=False).logits, whole)
+
+
+def test_a_replica_of_data_parallel_is_refused() -> None:
+    model = tiny_llama()
+    trimtab.attach(model, METHODS["read"])
+    block = model.model.layers[0]
+    replica = block._replicate_for_data_parallel()
+    with pytest.raises(trimtab.ConfigError, match="use DDP"):
+        replica(torch.zeros(1, 2, 32))
+    assert torch.is_grad_enabled()
+    assert not model(input_ids=token_ids()).logits.isnan().any()

@@ -211,7 +211,7 @@ class BesideAdapter(FrozenBaseAdapter):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        let_go(self._still, self.model.training)
+        let_go(self._still)
         self._still = []
         for module in self._unchecked:
             module.gradient_checkpointing = True  # type: ignore[assignment]

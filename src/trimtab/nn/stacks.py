@@ -7,6 +7,7 @@ model, and whoever listens gets each block's hidden states as soon as they are t
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -145,6 +146,8 @@ class Listener(Protocol):
         """
 
 
+_RUNS = "runs"
+
 #: Takes the number of a call and what its block gave; gives what is heard instead.
 Through = Callable[[int, Tensor], Tensor]
 
@@ -169,6 +172,8 @@ class DepthHooks:
         self.form = 0
         self._done = 0
         self._grad = True
+        #: The thread whose forward is under way; setdefault lets one thread alone in.
+        self._claim: dict[str, int] = {}
         self._handles: list[Any] = []
 
     def put_on(self) -> None:
@@ -178,6 +183,7 @@ class DepthHooks:
         self._handles.append(owner.register_forward_hook(self._after_stack))
         for block in dict.fromkeys(self.stack.blocks):
             put_on(block, _Guarded)
+            block.guard_failed = self._after_failure  # type: ignore[assignment]
             self._handles.append(block.register_forward_pre_hook(self._before_block))
             self._handles.append(block.register_forward_hook(self._after_block))
 
@@ -188,6 +194,8 @@ class DepthHooks:
         self._handles.clear()
         for block in dict.fromkeys(self.stack.blocks):
             take_off(block, _Guarded)
+            del block.__dict__["guard_failed"]
+        self._claim.clear()
         self._done = 0
 
     @property
@@ -195,10 +203,13 @@ class DepthHooks:
         """The number of the block that runs now, or runs next."""
         return self._done
 
+    @untraced
     def _before_stack(self, owner: nn.Module, args: Any) -> None:
+        self._refuse_other(self._claim.get(_RUNS))
         self._done = 0
 
     def _after_stack(self, owner: nn.Module, args: Any, output: Any) -> None:
+        self._claim.clear()
         if self._done != self.stack.calls:
             raise ConfigError(
                 f"{self.stack.name}: {self._done} of {self.stack.calls} blocks ran in this forward; every block must "
@@ -208,14 +219,40 @@ class DepthHooks:
 
     @untraced
     def _before_block(self, block: nn.Module, args: Any) -> None:
+        self._claim_run()
         self._check_order(block)
         if self._done == 0:
             self._listener.begin()
         self._grad = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
 
+    def _claim_run(self) -> None:
+        """A forward hands its states on from block to block, so there can be one at a time."""
+        mine = threading.get_ident()
+        self._refuse_other(self._claim.setdefault(_RUNS, mine))
+        self._claim[_RUNS] = mine  # where the other one ended within a forward
+
+    def _refuse_other(self, claimed: int | None) -> None:
+        if claimed in (None, threading.get_ident()):
+            return
+        if any(thread.ident == claimed for thread in threading.enumerate()):
+            raise ConfigError(
+                f"{self.stack.name}: another thread is in the midst of a forward of this model; let one at a time run "
+                "it (a lock), or give each thread a copy (copy.deepcopy)"
+            )
+
+    def _after_failure(self) -> None:
+        """A block of this thread's forward failed or was interrupted."""
+        if self._claim.get(_RUNS) == threading.get_ident():
+            self._claim.clear()
+
     def _check_order(self, block: nn.Module) -> None:
         blocks = self.stack.blocks
+        if not any(one is block for one in blocks):
+            raise ConfigError(
+                f"{self.stack.name}: a copy of a block runs with the hooks of the model it was copied from, as "
+                "nn.DataParallel makes them; use DDP (torch.nn.parallel.DistributedDataParallel)"
+            )
         if block is blocks[0] and not self.stack.shared:
             self._done = 0  # a forward that was cut short is forgotten
         elif self._done >= self.stack.calls or not (self.stack.shared or block is blocks[self._done]):
@@ -237,6 +274,8 @@ class DepthHooks:
         self.form = len(output) if isinstance(output, tuple) else 0
         changed = self._listener.hear(self._done, hidden if self.through is None else self.through(self._done, hidden))
         self._done += 1
+        if self._done == self.stack.calls:
+            self._claim.clear()
         if changed is None:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
@@ -251,10 +290,16 @@ class _Guarded(Swapped):
 
     label = ""
 
+    #: Called where it fails or is interrupted.
+    guard_failed: Callable[[], None]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         grad = torch.is_grad_enabled()
         try:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self.guard_failed()
+            raise
         finally:
             torch.set_grad_enabled(grad)
 
@@ -264,7 +309,11 @@ class _Still(Swapped):
 
     label = ""
 
+    #: The modes that the module and those in it would be in.
+    still_modes: dict[nn.Module, bool] = {}  # noqa: RUF012
+
     def train(self, mode: bool = True) -> Any:
+        self.still_modes = dict.fromkeys(self.still_modes, mode)
         return super().train(False)  # type: ignore[misc]
 
 
@@ -291,16 +340,20 @@ def keep_still(parts: Iterator[nn.Module]) -> list[nn.Module]:
     """Put modules into eval mode for good; returns them, for `let_go`."""
     held = list(parts)
     for module in held:
+        modes: Any = {one: one.training for one in module.modules()}
         put_on(module, _Still)
         module.eval()
+        module.still_modes = modes
     return held
 
 
-def let_go(parts: list[nn.Module], training: bool) -> None:
-    """Undo `keep_still`, and bring the modules into the mode that their model is in."""
-    for module in parts:
+def let_go(parts: list[nn.Module]) -> None:
+    """Undo `keep_still`; each module gets the mode that it had, or that its model was brought into since."""
+    for module in reversed(parts):
+        modes: Any = module.__dict__.pop("still_modes")
         take_off(module, _Still)
-        module.train(training)
+        for one, mode in modes.items():
+            one.training = mode
 
 
 def stop_checkpointing(model: nn.Module) -> list[nn.Module]:
