@@ -197,6 +197,8 @@ class BesideAdapter(FrozenBaseAdapter):
         if self._pair:
             encoder = part(self.model, "encoder")
             self._handles.append(encoder.register_forward_hook(self._encoded.after_encoder))
+            self._handles.append(self.model.register_forward_pre_hook(self._encoded.before_model))
+            self._handles.append(self.model.register_forward_hook(self._encoded.after_model))
 
     def _place(self, stack: Stack, side: nn.Module) -> None:
         """Move a network to where its stack is: the model may have moved while the adapter was off it."""
