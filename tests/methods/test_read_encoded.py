@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from families_for_tests import batch_for
-from models_for_tests import tiny_t5
+from models_for_tests import VOCAB, tiny_t5, token_ids
+from transformers import T5Config, T5ForConditionalGeneration
 
 import trimtab
+from trimtab.bench.meters import saved_bytes
 
 
 def attached(**settings: Any) -> tuple[Any, trimtab.Adapter, dict[str, Any]]:
@@ -87,3 +89,33 @@ def test_a_fused_optimizer_step_is_seen_by_the_joiner() -> None:
     with torch.no_grad():
         before = model(encoder_outputs=own, labels=batch["labels"]).logits
     torch.testing.assert_close(before, moved)
+
+
+def test_what_is_kept_of_a_decoder_block_is_counted() -> None:
+    """phi_j, h_j (and an LSTM's cell state), c_j, and the cross-attention's queries; its keys of each encoder token."""
+
+    def kept(blocks: int, words: int, **settings: Any) -> int:
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": VOCAB}
+        config = T5Config(**sizes, num_layers=2, num_decoder_layers=blocks, dropout_rate=0.0, decoder_start_token_id=0)
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config).to(torch.bfloat16).train()
+        trimtab.attach(model, trimtab.READ(size=8, **settings))
+        ids, labels = token_ids(rows=4, length=words), token_ids(rows=4, length=16)
+        return saved_bytes(lambda: model(input_ids=ids, labels=labels).loss)
+
+    def each(words: int, **settings: Any) -> int:
+        return kept(4, words, **settings) - kept(3, words, **settings)
+
+    queries, states = 4 * 16, 32 + 8 + 32  # phi_j, h_j, c_j
+    assert each(16) == 2 * (queries * (states + 32) + 4 * 16 * 32)
+    assert each(20) == 2 * (queries * (states + 32) + 4 * 20 * 32)
+    assert each(16, cell="lstm") - each(16) == 2 * queries * 8
+    assert each(16, joiner="none") == 2 * queries * (32 + 8)
+
+
+def test_drawn_is_as_torch_draws_a_linear_layer() -> None:
+    """Weight and bias from U(-1/sqrt(k), 1/sqrt(k)), not as wide as the hidden states."""
+    own = trimtab.attach(tiny_t5(), trimtab.READ(size=4, init="drawn")).own()
+    for name in ("output_weight", "output_bias"):
+        (values,) = (p for full, p in own.items() if full.endswith(name))
+        assert 0.3 < values.abs().max() <= 0.5

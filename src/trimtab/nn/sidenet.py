@@ -6,7 +6,8 @@ Legend: B sequences, S tokens of each, d width of the hidden states, k size of t
     phi_N' = phi_N + s (agg(h) W_o' + b_o)
 
 phi_j are the hidden states that block j gives; c_j is what a joiner hands over for the block, if there is one. The
-recurrence advances while the stack runs, so no hidden state is collected; what autograd keeps is phi_j and h_j.
+recurrence advances while the stack runs, so no hidden state is collected; what autograd keeps is phi_j, h_j (an LSTM's
+cell state, too), and c_j where there is one.
 """
 
 from __future__ import annotations
@@ -88,6 +89,9 @@ class SideNetwork(nn.Module):
         self.output_weight = matrix(width, size, zero=zero) if correct else None
         self.output_bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype)) if correct else None
         self.joiner_weight = matrix(values, source) if source else None
+        if drawn and self.output_bias is not None and device.type != "meta":
+            bias, bound = torch.empty(width), 1.0 / math.sqrt(size)
+            self.output_bias.data.copy_(bias.uniform_(-bound, bound, generator=generator))
 
     def prepare(self, dtype: torch.dtype) -> list[Prepared]:
         """What a forward of the model needs of each cell, formed once."""
