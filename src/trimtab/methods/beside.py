@@ -21,7 +21,7 @@ from trimtab.methods.folder import SavedAdapter, reading_config, refuse_unknown
 from trimtab.methods.frozen import FrozenBaseAdapter
 from trimtab.nn.behind import NothingBehind
 from trimtab.nn.encoded import Encoded
-from trimtab.nn.inject import head_modules
+from trimtab.nn.inject import head_modules, task_head
 from trimtab.nn.residence import Residence
 from trimtab.nn.split import check_units
 from trimtab.nn.stacks import (
@@ -154,7 +154,7 @@ class BesideAdapter(FrozenBaseAdapter):
     def _in_full(self) -> Iterable[str]:
         chosen = self.config.train_also
         names: list[str] = []
-        heads = head_modules(self.model)
+        heads = {**head_modules(self.model), **task_head(self.model)}
         if chosen is None:
             getter = getattr(self.model, "get_output_embeddings", None)
             words = getter() if callable(getter) else None
