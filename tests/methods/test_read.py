@@ -146,11 +146,24 @@ def test_the_head_keeps_its_dropout() -> None:
 
 
 def test_modes_come_back_with_the_model() -> None:
+    """Each module's own, or what the model was brought into since."""
     model = tiny_bert().train()
+    model.bert.eval()
+    model.bert.pooler.dense.train()
+    modes = [module.training for module in model.modules()]
     adapter = trimtab.attach(model, READ(size=8, train_also=()))
-    assert not model.bert.embeddings.training
+    assert not model.bert.embeddings.training and not model.bert.pooler.dense.training
+    with adapter.disabled():
+        assert [module.training for module in model.modules()] == modes
     adapter.detach()
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+    for mode in (True, False):
+        model.train(not mode)
+        adapter = trimtab.attach(model, READ(size=8, train_also=()))
+        model.train(mode)
+        assert not model.bert.embeddings.training
+        adapter.detach()
+        assert all(module.training is mode for module in model.modules())
 
 
 def test_checkpointing_is_switched_off_and_on_again() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families_for_tests import DECODERS, ENCODERS, FAMILIES, PAIRS, batch_for
 from torch import Tensor, nn
+from transformers import BertForMaskedLM
 
 import trimtab
 
@@ -111,10 +112,22 @@ def test_generation_with_and_without_cache(family: str, beams: int) -> None:
         assert torch.equal(model.generate(**batch, **settings), base)
 
 
+def test_what_stands_beside_the_base_model_trains_whatever_its_name_but_not_in_a_language_model() -> None:
+    model: Any = ENCODERS["bert"]()
+    model.mixing = nn.Linear(32, 32)
+    trained = {entry.name for entry in trimtab.attach(model, READ(size=8)).trainable()}
+    assert {"mixing.weight", "mixing.bias", "classifier.weight"} <= trained
+    torch.manual_seed(0)
+    words = BertForMaskedLM(model.config)
+    assert all(entry.group == "adapter" for entry in trimtab.attach(words, READ(size=8)).trainable())
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 def test_the_head_of_a_task_trains_unasked(family: str) -> None:
     model = FAMILIES[family]()
     names = {entry.name for entry in trimtab.attach(model, config_for(family)).trainable() if entry.group == "head"}
-    assert names
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    beside = {name for name, parameter in model.named_parameters() if id(parameter) not in base}
+    assert beside and beside <= names
     model = FAMILIES[family]()
     assert all(e.group == "adapter" for e in trimtab.attach(model, config_for(family, train_also=())).trainable())

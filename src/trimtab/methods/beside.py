@@ -19,8 +19,9 @@ from trimtab.errors import ConfigError
 from trimtab.methods.base import Adapter, Method
 from trimtab.methods.folder import SavedAdapter, reading_config, refuse_unknown
 from trimtab.methods.frozen import FrozenBaseAdapter
+from trimtab.nn.behind import NothingBehind
 from trimtab.nn.encoded import Encoded
-from trimtab.nn.inject import head_modules
+from trimtab.nn.inject import head_modules, task_head
 from trimtab.nn.residence import Residence
 from trimtab.nn.split import check_units
 from trimtab.nn.stacks import (
@@ -45,8 +46,8 @@ class Beside(Method):
     """Settings of a method whose network stands beside a frozen backbone.
 
     Args:
-        blocks: endings of the names of the lists that hold the blocks, in encoder-decoder models the encoder's first;
-            None finds them.
+        blocks: endings of the names of the lists that hold the blocks, in encoder-decoder models the encoder's and the
+            decoder's; None finds them.
         backbone_dropout: let the frozen backbone's dropout follow `model.train()`; else it stays off.
         train_also: what trains in full beside it: "head", "final_norm". None lets the head of a task train
             (classification, regression, span), which is usually new, and not that of a language model.
@@ -117,6 +118,8 @@ class BesideAdapter(FrozenBaseAdapter):
         self._sides = self._make_sides()
         self._encoded = self._make_encoded()
         self._handles: list[Any] = []
+        # A decoder is the last of an encoder-decoder model.
+        self._behind = None if is_encoder_decoder(model) else NothingBehind(model, self._stacks[-1])
         self._still: list[nn.Module] = []
         self._unchecked: list[nn.Module] = []
         self._hooks = [DepthHooks(stack, self._listener(number)) for number, stack in enumerate(self._stacks)]
@@ -151,7 +154,7 @@ class BesideAdapter(FrozenBaseAdapter):
     def _in_full(self) -> Iterable[str]:
         chosen = self.config.train_also
         names: list[str] = []
-        heads = head_modules(self.model)
+        heads = {**head_modules(self.model), **task_head(self.model)}
         if chosen is None:
             getter = getattr(self.model, "get_output_embeddings", None)
             words = getter() if callable(getter) else None
@@ -190,19 +193,24 @@ class BesideAdapter(FrozenBaseAdapter):
         for stack, side in zip(self._stacks, self._sides, strict=True):
             if hasattr(stack.owner, self.side_name):
                 raise ConfigError(
-                    f"{stack.owner_name or type(stack.owner).__name__} has a {self.side_name!r} of its own"
+                    f"{stack.owner_name or type(stack.owner).__name__} has a {self.side_name!r} of its own, which is "
+                    "the name of the network that is put there; rename that one"
                 )
             self._place(stack, side)
             stack.owner.add_module(self.side_name, side)
         self._handles.append(self._stacks[0].owner.register_forward_pre_hook(self._before_blocks))
         for hooks in self._hooks:
             hooks.put_on()
+        if self._behind is not None:
+            self._behind.put_on()
         self._unchecked = stop_checkpointing(self.model)
         if not self.config.backbone_dropout:
             self._still = keep_still(self._still_parts())
         if self._pair:
             encoder = part(self.model, "encoder")
             self._handles.append(encoder.register_forward_hook(self._encoded.after_encoder))
+            self._handles.append(self.model.register_forward_pre_hook(self._encoded.before_model))
+            self._handles.append(self.model.register_forward_hook(self._encoded.after_model))
 
     def _place(self, stack: Stack, side: nn.Module) -> None:
         """Move a network to where its stack is: the model may have moved while the adapter was off it."""
@@ -217,11 +225,13 @@ class BesideAdapter(FrozenBaseAdapter):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        let_go(self._still, self.model.training)
+        let_go(self._still)
         self._still = []
         for module in self._unchecked:
             module.gradient_checkpointing = True  # type: ignore[assignment]
         self._unchecked = []
+        if self._behind is not None:
+            self._behind.take_off()
         for hooks in self._hooks:
             hooks.take_off()
         for stack in self._stacks:
@@ -299,20 +309,30 @@ def choose_stacks(model: nn.Module, blocks: tuple[str, ...] | None, *, both: boo
         ConfigError: there are none, or it is not clear which.
     """
     found = find_stacks(model, blocks or ())
-    if is_encoder_decoder(model) and blocks is None:
-        chosen = []
-        for kind in ("encoder", "decoder"):
-            inside = set(map(id, part(model, kind).modules()))
-            of_kind = [stack for stack in found if id(stack.owner) in inside]
-            if len(of_kind) != 1:
-                raise ConfigError(_several(model, of_kind, f"{kind}'s blocks"))
-            chosen += of_kind
-        return chosen if both else chosen[1:]
-    if blocks is not None and len(found) == 2 and is_encoder_decoder(model) and both:
+    if not is_encoder_decoder(model):
+        if len(found) != 1:
+            raise ConfigError(_several(model, found, "blocks"))
         return found
-    if len(found) != 1:
-        raise ConfigError(_several(model, found, "blocks"))
-    return found
+    chosen, odd = [], list(found)
+    for kind in ("encoder", "decoder") if both else ("decoder",):
+        inside = set(map(id, part(model, kind).modules()))
+        of_kind = [stack for stack in found if id(stack.owner) in inside]
+        if blocks is not None and not of_kind:
+            raise ConfigError(
+                f"blocks={list(blocks)} names no blocks of the {kind} of {type(model).__name__}, which has a network "
+                f"beside it; name {'the lists of both, encoder and decoder' if both else 'its list'}, or leave blocks "
+                "out"
+            )
+        if len(of_kind) != 1:
+            raise ConfigError(_several(model, of_kind, f"{kind}'s blocks"))
+        chosen += of_kind
+        odd = [stack for stack in odd if stack is not of_kind[0]]
+    if blocks is not None and odd:
+        raise ConfigError(
+            f"blocks={list(blocks)} names {odd[0].name}, beside which there is no network with these settings; leave "
+            "it out"
+        )
+    return chosen
 
 
 def _several(model: nn.Module, found: list[Stack], what: str) -> str:

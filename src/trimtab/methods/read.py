@@ -8,7 +8,8 @@ In an encoder-decoder model the encoder has a network of its own. The encoder is
 reaches the decoder's through the joiner: the decoder's frozen cross-attention probabilities, applied to it.
 
 The paper's text leaves much open. What is built here is its idea with the choices of the authors' code as settings:
-`READ(cell="gru", size=256, aggregate="mean", init="drawn")` is theirs.
+`READ(cell="gru", size=256, aggregate="mean", init="drawn")` is theirs for one stack, but for how the recurrence's own
+weights are drawn (see `DepthCell`). In encoder-decoder models theirs has two such networks and no joiner.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class READ(Beside):
         joiner: "attention": the decoder's network sees what the encoder's found, through the frozen cross-attention;
             "none": it does not, and the encoder has no network. Without effect in models of one stack.
         scale: s, of the correction.
-        init: "zero": W_o = 0, so that training starts at the backbone exactly; "drawn": W_o as torch draws a linear
-            layer.
+        init: "zero": W_o = b_o = 0, so that training starts at the backbone exactly; "drawn": both as torch draws a
+            linear layer.
         width: of the hidden states; None asks the model's config.
 
     `blocks`, `backbone_dropout`, `train_also` and `seed` are as for every method of this kind (`Beside`).

@@ -22,7 +22,17 @@ ALL_LINEAR = "all-linear"
 
 #: Last name parts of output heads in Hugging Face models; `get_output_embeddings` finds the others.
 HEAD_NAMES = frozenset(
-    {"lm_head", "embed_out", "output_projection", "score", "classifier", "qa_outputs", "classification_head", "pooler"}
+    {
+        "lm_head",
+        "embed_out",
+        "output_projection",
+        "score",
+        "classifier",
+        "pre_classifier",
+        "qa_outputs",
+        "classification_head",
+        "pooler",
+    }
 )
 
 
@@ -33,6 +43,15 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
     heads = {id(module) for name, module in named if module is output or name.rpartition(".")[2] in HEAD_NAMES}
     return {name: module for name, module in named if id(module) in heads}
+
+
+def task_head(model: nn.Module) -> dict[str, nn.Module]:
+    """What a model for a task has beside its base model, by name; nothing in a language model, or without a base."""
+    base = getattr(model, "base_model", model)  # transformers' name for a model without its head
+    getter = getattr(model, "get_output_embeddings", None)
+    if base is model or (callable(getter) and getter() is not None):
+        return {}
+    return {name: module for name, module in model.named_children() if module is not base}
 
 
 def is_linear(module: nn.Module) -> bool:

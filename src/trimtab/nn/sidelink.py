@@ -53,6 +53,15 @@ class Link(Encoded):
                 self._values = (state, self.side.values(h))
         return self._values[1]
 
+    def begin(self, grad: bool) -> None:
+        """A forward of a stack begins.
+
+        With gradients each forms the values anew: optimizers (fused ones) may move the weight and not its version.
+        """
+        if grad or self.grad:
+            self._values = None
+        self.grad = grad
+
     def take(self, block: int, joined: Tensor) -> None:
         """Keep what a block's cross-attention made of the values until the block has run."""
         self._joined = joined
@@ -76,7 +85,7 @@ class Reader:
         self.link = link
 
     def begin(self) -> None:
-        self.link.grad = torch.is_grad_enabled()
+        self.link.begin(torch.is_grad_enabled())
         self.link.handed()  # what a forward left that was cut short in a block
         self.run.begin()
 

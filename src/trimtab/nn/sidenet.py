@@ -6,7 +6,8 @@ Legend: B sequences, S tokens of each, d width of the hidden states, k size of t
     phi_N' = phi_N + s (agg(h) W_o' + b_o)
 
 phi_j are the hidden states that block j gives; c_j is what a joiner hands over for the block, if there is one. The
-recurrence advances while the stack runs, so no hidden state is collected; what autograd keeps is phi_j and h_j.
+recurrence advances while the stack runs, so no hidden state is collected; what autograd keeps is phi_j, h_j (an LSTM's
+cell state, too), and c_j where there is one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from trimtab.errors import ConfigError
 from trimtab.nn.precision import cast_linear, compute_dtype_of
 from trimtab.nn.recurrence import Cell, DepthCell, Prepared
 
@@ -66,6 +68,7 @@ class SideNetwork(nn.Module):
         recurrent = cell != "none"
         kind: Cell = "rnn" if cell == "none" else cell
 
+        self.width = width
         self.recurrent = recurrent
         self.cells = nn.ModuleList(
             DepthCell(width, size, kind=kind, joined=joined, generator=generator, device=device, dtype=dtype)
@@ -86,6 +89,9 @@ class SideNetwork(nn.Module):
         self.output_weight = matrix(width, size, zero=zero) if correct else None
         self.output_bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype)) if correct else None
         self.joiner_weight = matrix(values, source) if source else None
+        if drawn and self.output_bias is not None and device.type != "meta":
+            bias, bound = torch.empty(width), 1.0 / math.sqrt(size)
+            self.output_bias.data.copy_(bias.uniform_(-bound, bound, generator=generator))
 
     def prepare(self, dtype: torch.dtype) -> list[Prepared]:
         """What a forward of the model needs of each cell, formed once."""
@@ -148,7 +154,16 @@ class DepthRun:
 
         Returns:
             After the last call agg(h) (B, S, k); before it None.
+
+        Raises:
+            ConfigError: phi is of another width than the network was made for.
         """
+        if phi.shape[-1] != self.side.width:
+            raise ConfigError(
+                f"width: block {number} gives hidden states {phi.shape[-1]} wide, and the network beside it reads "
+                f"{self.side.width}; give width=, or, where a model's blocks differ in width, name the last ones of "
+                "one width with blocks="
+            )
         dtype = compute_dtype_of(phi)
         if not self._prepared:
             self._prepared = self.side.prepare(dtype)

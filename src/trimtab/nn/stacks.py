@@ -7,6 +7,7 @@ model, and whoever listens gets each block's hidden states as soon as they are t
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Stack:
         name: of the list that holds the blocks, in the model.
         owner_name: of the module that holds the list; empty for the model itself.
         owner: that module, whose forward runs the blocks.
-        blocks: the list's elements.
+        blocks: the list's elements, each once.
         calls: how many times a block is called in one forward; more than there are blocks where they are shared.
     """
 
@@ -64,9 +65,7 @@ def find_stacks(model: nn.Module, named: tuple[str, ...] = ()) -> list[Stack]:
     }
     if named:
         return [_stack(model, _one(lists, ending)) for ending in named]
-    found = [
-        name for name, module in lists.items() if isinstance(module, nn.ModuleList) and all(map(_is_block, module))
-    ]
+    found = [name for name, module in lists.items() if isinstance(module, nn.ModuleList) and all(map(is_block, module))]
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if not outermost:
         raise ConfigError(
@@ -76,13 +75,13 @@ def find_stacks(model: nn.Module, named: tuple[str, ...] = ()) -> list[Stack]:
     return [_stack(model, name) for name in outermost]
 
 
-def _is_block(module: nn.Module) -> bool:
+def is_block(module: nn.Module) -> bool:
     """Whether a module is of transformers' class of blocks, told by name, so that nothing is imported."""
     return any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
 
 
 def _one(lists: Mapping[str, nn.Module], ending: str) -> str:
-    fits = [name for name in lists if name == ending or name.endswith(f".{ending}")]
+    fits = [ending] if ending in lists else [name for name in lists if name.endswith(f".{ending}")]
     if len(fits) != 1:
         what = "no list of blocks" if not fits else f"{len(fits)} lists ({', '.join(fits)})"
         raise ConfigError(
@@ -93,18 +92,25 @@ def _one(lists: Mapping[str, nn.Module], ending: str) -> str:
 
 
 def _stack(model: nn.Module, name: str) -> Stack:
-    blocks = tuple(model.get_submodule(name).children())
+    entries = [module for module in model.get_submodule(name)._modules.values() if module is not None]
+    blocks = tuple(dict.fromkeys(entries))  # a list may hold a block several times
     owner_name = name.rpartition(".")[0]
     owner = model.get_submodule(owner_name)
     config: Any = getattr(owner, "config", None) or getattr(model, "config", None)
     # A config that counts groups of layers says that the layers of a group are one module (ALBERT).
     shared = getattr(config, "num_hidden_groups", None) is not None
-    return Stack(name, owner_name, owner, blocks, config.num_hidden_layers if shared else len(blocks))
+    return Stack(name, owner_name, owner, blocks, config.num_hidden_layers if shared else len(entries))
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model reads with an encoder and writes with a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    """Whether a model reads with an encoder and writes with a decoder; some with such a config have none."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and bool(_part(model, "decoder"))
+
+
+def _part(model: nn.Module, kind: str) -> nn.Module | None:
+    getter = getattr(model, f"get_{kind}", None)
+    found = getter() if callable(getter) else None
+    return found if isinstance(found, nn.Module) and found is not model else None
 
 
 def part(model: nn.Module, kind: str) -> nn.Module:
@@ -113,10 +119,12 @@ def part(model: nn.Module, kind: str) -> nn.Module:
     Raises:
         ConfigError: the model does not say which it is.
     """
-    getter = getattr(model, f"get_{kind}", None)
-    found = getter() if callable(getter) else None
-    if not isinstance(found, nn.Module) or found is model:
-        raise ConfigError(f"{type(model).__name__} has no get_{kind}() that names its {kind}")
+    found = _part(model, kind)
+    if found is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no get_{kind}() that gives its {kind}, by which its blocks would be known; "
+            "give its class one"
+        )
     return found
 
 
@@ -137,6 +145,8 @@ class Listener(Protocol):
             What stands in the place of the hidden states; None leaves them.
         """
 
+
+_RUNS = "runs"
 
 #: Takes the number of a call and what its block gave; gives what is heard instead.
 Through = Callable[[int, Tensor], Tensor]
@@ -161,7 +171,9 @@ class DepthHooks:
         self.through: Through | None = None
         self.form = 0
         self._done = 0
-        self._modes: list[bool] = []
+        self._grad = True
+        #: The thread whose forward is under way; setdefault lets one thread alone in.
+        self._claim: dict[str, int] = {}
         self._handles: list[Any] = []
 
     def put_on(self) -> None:
@@ -170,15 +182,20 @@ class DepthHooks:
         self._handles.append(owner.register_forward_pre_hook(self._before_stack))
         self._handles.append(owner.register_forward_hook(self._after_stack))
         for block in dict.fromkeys(self.stack.blocks):
+            put_on(block, _Guarded)
+            block.guard_failed = self._after_failure  # type: ignore[assignment]
             self._handles.append(block.register_forward_pre_hook(self._before_block))
-            # Called even if the block fails, so that gradients do not stay off.
-            self._handles.append(block.register_forward_hook(self._after_block, always_call=True))
+            self._handles.append(block.register_forward_hook(self._after_block))
 
     def take_off(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for block in dict.fromkeys(self.stack.blocks):
+            take_off(block, _Guarded)
+            del block.__dict__["guard_failed"]
+        self._claim.clear()
         self._done = 0
 
     @property
@@ -186,10 +203,13 @@ class DepthHooks:
         """The number of the block that runs now, or runs next."""
         return self._done
 
+    @untraced
     def _before_stack(self, owner: nn.Module, args: Any) -> None:
+        self._refuse_other(self._claim.get(_RUNS))
         self._done = 0
 
     def _after_stack(self, owner: nn.Module, args: Any, output: Any) -> None:
+        self._claim.clear()
         if self._done != self.stack.calls:
             raise ConfigError(
                 f"{self.stack.name}: {self._done} of {self.stack.calls} blocks ran in this forward; every block must "
@@ -199,15 +219,40 @@ class DepthHooks:
 
     @untraced
     def _before_block(self, block: nn.Module, args: Any) -> None:
+        self._claim_run()
         self._check_order(block)
         if self._done == 0:
-            self._modes.clear()
             self._listener.begin()
-        self._modes.append(torch.is_grad_enabled())
+        self._grad = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
+
+    def _claim_run(self) -> None:
+        """A forward hands its states on from block to block, so there can be one at a time."""
+        mine = threading.get_ident()
+        self._refuse_other(self._claim.setdefault(_RUNS, mine))
+        self._claim[_RUNS] = mine  # where the other one ended within a forward
+
+    def _refuse_other(self, claimed: int | None) -> None:
+        if claimed in (None, threading.get_ident()):
+            return
+        if any(thread.ident == claimed for thread in threading.enumerate()):
+            raise ConfigError(
+                f"{self.stack.name}: another thread is in the midst of a forward of this model; let one at a time run "
+                "it (a lock), or give each thread a copy (copy.deepcopy)"
+            )
+
+    def _after_failure(self) -> None:
+        """A block of this thread's forward failed or was interrupted."""
+        if self._claim.get(_RUNS) == threading.get_ident():
+            self._claim.clear()
 
     def _check_order(self, block: nn.Module) -> None:
         blocks = self.stack.blocks
+        if not any(one is block for one in blocks):
+            raise ConfigError(
+                f"{self.stack.name}: a copy of a block runs with the hooks of the model it was copied from, as "
+                "nn.DataParallel makes them; use DDP (torch.nn.parallel.DistributedDataParallel)"
+            )
         if block is blocks[0] and not self.stack.shared:
             self._done = 0  # a forward that was cut short is forgotten
         elif self._done >= self.stack.calls or not (self.stack.shared or block is blocks[self._done]):
@@ -219,11 +264,8 @@ class DepthHooks:
 
     @untraced
     def _after_block(self, block: nn.Module, args: Any, output: Any) -> Any:
-        if self._modes:
-            torch.set_grad_enabled(self._modes.pop())
+        torch.set_grad_enabled(self._grad)
         hidden = output[0] if isinstance(output, tuple) else output
-        if hidden is None:  # the block failed, and its error is on its way
-            return None
         if not isinstance(hidden, Tensor):
             raise ConfigError(
                 f"{self.stack.name}: block {self._done} gives {type(output).__name__}, and hidden states must be a "
@@ -232,17 +274,46 @@ class DepthHooks:
         self.form = len(output) if isinstance(output, tuple) else 0
         changed = self._listener.hear(self._done, hidden if self.through is None else self.through(self._done, hidden))
         self._done += 1
+        if self._done == self.stack.calls:
+            self._claim.clear()
         if changed is None:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
+class _Guarded(Swapped):
+    """Mixin of a block whose call ends in the grad mode it began in, whatever ends it.
+
+    torch calls no hook after an interrupt (KeyboardInterrupt, SystemExit), so the hooks alone would leave gradients
+    off in the whole process.
+    """
+
+    label = ""
+
+    #: Called where it fails or is interrupted.
+    guard_failed: Callable[[], None]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        grad = torch.is_grad_enabled()
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self.guard_failed()
+            raise
+        finally:
+            torch.set_grad_enabled(grad)
+
+
 class _Still(Swapped):
     """Mixin of a module that stays in eval mode: its dropout is off whatever `model.train()` says."""
 
-    label = "Still"
+    label = ""
+
+    #: The modes that the module and those in it would be in.
+    still_modes: dict[nn.Module, bool] = {}  # noqa: RUF012
 
     def train(self, mode: bool = True) -> Any:
+        self.still_modes = dict.fromkeys(self.still_modes, mode)
         return super().train(False)  # type: ignore[misc]
 
 
@@ -269,16 +340,20 @@ def keep_still(parts: Iterator[nn.Module]) -> list[nn.Module]:
     """Put modules into eval mode for good; returns them, for `let_go`."""
     held = list(parts)
     for module in held:
+        modes: Any = {one: one.training for one in module.modules()}
         put_on(module, _Still)
         module.eval()
+        module.still_modes = modes
     return held
 
 
-def let_go(parts: list[nn.Module], training: bool) -> None:
-    """Undo `keep_still`, and bring the modules into the mode that their model is in."""
-    for module in parts:
+def let_go(parts: list[nn.Module]) -> None:
+    """Undo `keep_still`; each module gets the mode that it had, or that its model was brought into since."""
+    for module in reversed(parts):
+        modes: Any = module.__dict__.pop("still_modes")
         take_off(module, _Still)
-        module.train(training)
+        for one, mode in modes.items():
+            one.training = mode
 
 
 def stop_checkpointing(model: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,11 @@ from torch import nn
 
 
 class Swapped:
-    """Root of the mixins that a class is swapped for. `label` goes before the plain class's name."""
+    """Root of the mixins that a class is swapped for.
+
+    `label` goes before the plain class's name. Without one the class keeps the plain one's full name, by which
+    transformers knows what a model can hand out (`output_hidden_states` and `output_attentions`).
+    """
 
     label: ClassVar[str] = "Swapped"
     swap_mixin: ClassVar[type[Swapped]]
@@ -29,7 +33,10 @@ _CLASSES: dict[tuple[type[nn.Module], type[Swapped]], type[nn.Module]] = {}
 def _swapped_class(plain: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]:
     """One subclass for each pair, so that modules of one class stay of one class."""
     if (plain, mixin) not in _CLASSES:
-        body = {"__module__": mixin.__module__, "swap_mixin": mixin, "swap_plain": plain}
+        named = mixin if mixin.label else plain
+        body = {"__module__": named.__module__, "swap_mixin": mixin, "swap_plain": plain}
+        if not mixin.label:
+            body["__qualname__"] = plain.__qualname__
         _CLASSES[plain, mixin] = type(mixin.label + plain.__name__, (mixin, plain), body)
     return _CLASSES[plain, mixin]
 
