@@ -138,3 +138,18 @@ def test_parameter_groups_are_of_a_live_adapter() -> None:
     adapter = trimtab.attach(tiny_llama(), trimtab.LoRA(rank=2))
     with pytest.raises(trimtab.ConfigError, match="compute in the dtype that each weight has; leave dtype out"):
         trimtab.attach(adapter.model, trimtab.LoRA(rank=2), name="b", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        (trimtab.READ, {"size": 10**7}, "size = 10000000"),
+        (trimtab.READ, {"blocks": ()}, "blocks = ()"),
+        (trimtab.Ladder, {"blocks": ()}, "blocks = ()"),
+    ],
+)
+def test_a_network_beside_nothing_or_beyond_all_memory(method: Any, settings: dict[str, Any], said: str) -> None:
+    """Before a model is asked for."""
+    with pytest.raises(trimtab.ConfigError) as error:
+        method(**settings)
+    assert said in str(error.value) and "\n" not in str(error.value)

@@ -176,6 +176,19 @@ def test_a_frozen_base_stays_as_it_was(family: str, base: str, method: str) -> N
         assert not trained & set(before)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in UNSAVABLE])
+def test_what_diverged_is_not_saved(method: str, tmp_path: Path) -> None:
+    """The tensor is named, and an adapter that was saved before stays."""
+    adapter = trimtab.attach(built("bert", "dense", method), METHODS[method]("bert"), keep_base="host")
+    adapter.save(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with torch.no_grad():
+        adapter.trainable()[-1].parameter.view(-1)[0] = float("nan")
+    with pytest.raises(trimtab.CannotSave, match=r"is not finite.*diverged"):
+        adapter.save(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_says_whether_its_hidden_states_can_be_kept(method: str) -> None:
     """It gives a reason, unless its adapter tells what it reads."""

@@ -56,7 +56,7 @@ class Beside(Method):
 
     abstract: ClassVar[bool] = True
     works_sharded: ClassVar[bool] = True
-    blocks: tuple[str, ...] | None = None
+    blocks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     backbone_dropout: bool = False
     train_also: tuple[Full, ...] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None

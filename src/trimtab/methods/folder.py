@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.errors import CheckpointError, ConfigError
+from trimtab.errors import CannotSave, CheckpointError, ConfigError
 from trimtab.inside import inside
-from trimtab.methods.foldercheck import check_fields, check_values, covers
+from trimtab.methods.foldercheck import check_fields, check_values, covers, finite
 from trimtab.nn.inject import is_linear
 from trimtab.nn.split import all_agree, is_first, mesh_of, whole
 from trimtab.nn.weights import holder_of
@@ -318,8 +318,16 @@ def write_adapter_folder(path: Path, saved: SavedAdapter) -> None:
     """Write an adapter folder.
 
     Raises:
+        CannotSave: a tensor is not finite; what was there before stays.
         CheckpointError: the folder cannot be written.
     """
+    for name, tensor in saved.tensors.items():
+        if tensor.is_floating_point() and not finite(tensor):
+            raise CannotSave(
+                f"{name} is not finite (it has NaN or infinity), so what would be saved is of no use: the training has "
+                "diverged; go back to an earlier checkpoint and train with a lower lr, or in bf16 or fp32 if it was in "
+                "fp16"
+            )
     try:
         path.mkdir(parents=True, exist_ok=True)
         # What PEFT keeps outside the model (VeRA's pair) comes under its own whole name.

@@ -37,7 +37,7 @@ class READ(Beside):
     Args:
         cell: "rnn" (tanh), "gru" or "lstm"; or "none": each layer has a network of its own, without recurrence (the
             paper's ablation), which goes with aggregate="mean".
-        size: k, of the recurrence's state.
+        size: k, of the recurrence's state, at most 65,536.
         aggregate: "last": the correction reads the last state; "mean": the mean of all.
         joiner: "attention": the decoder's network sees what the encoder's found, through the frozen cross-attention;
             "none": it does not, and the encoder has no network. Without effect in models of one stack.
@@ -52,7 +52,7 @@ class READ(Beside):
     abstract = False
     name: Literal["read"] = "read"
     cell: Cell | Literal["none"] = "rnn"
-    size: Annotated[int, Field(ge=1)] = 128
+    size: Annotated[int, Field(ge=1, le=2**16)] = 128
     aggregate: Aggregate = "last"
     joiner: Literal["attention", "none"] = "attention"
     scale: Annotated[float, Field(gt=0.0)] = 1.0
