@@ -26,6 +26,7 @@ from trimtab.train.hidden.backbone import differences
 from trimtab.train.hidden.codes import STORAGES, Storage, is_exact
 from trimtab.train.hidden.examples import Examples, examples_of
 from trimtab.train.hidden.identity import Identity, planes_of, readable, token_bytes
+from trimtab.train.hidden.labels import check_labels
 from trimtab.train.hidden.store import Store
 from trimtab.train.hidden.visit import Calls, Recorder, Replayer, attention_of, autocast_of
 
@@ -83,7 +84,7 @@ class HiddenCache:
         self._identity = Identity(adapter, self._reading, storage)
         self._calls: Calls | None = None
         self._planes = planes_of(self._reading, None)
-        self._busy = False
+        self._busy = self._cautioned = False
         self._store = Store(self.folder)
         self._take_meta()
         self._expected = None if tokens is None else self._per_stack(tokens)
@@ -160,8 +161,9 @@ class HiddenCache:
             batch: the mapping that the model is called with.
 
         Raises:
-            ConfigError: the model is called with something else, or was not called; the adapter is not at work; the
-                disk is nearly full, or another process writes to the folder.
+            ConfigError: the model is called with something else, or was not called; a label counts that is predicted
+                from a position without a token; the adapter is not at work; the disk is nearly full, or another
+                process writes to the folder.
             CheckpointError: the backbone is not the one that the cache was opened with; what is stored is damaged.
         """
         with self._visiting(batch, stop=False) as called:
@@ -241,6 +243,8 @@ class HiddenCache:
     def _visiting(self, batch: Mapping[str, Any], *, stop: bool) -> Iterator[list[bool]]:
         self._check_ready()
         examples = examples_of(batch, self._identity.sides)
+        labels = batch.get("labels")
+        self._check_labels(labels, examples)
         model, called = self.adapter.model, list[bool]()
         with ExitStack() as on:
             self._busy = True
@@ -250,7 +254,10 @@ class HiddenCache:
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 forward.close()
                 called.append(True)
-                examples.check_call(called_with(module, args, kwargs), pair=self._identity.pair)
+                call = called_with(module, args, kwargs)
+                examples.check_call(call, pair=self._identity.pair)
+                if call.get("labels") is not labels:
+                    self._check_labels(call.get("labels"), examples)
                 self._start(examples, stop).put_on(forward)
 
             def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -259,6 +266,13 @@ class HiddenCache:
             on.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
             on.callback(model.register_forward_hook(after, always_call=True).remove)
             yield called
+
+    def _check_labels(self, labels: Any, examples: Examples) -> None:
+        """Whether a loss with these labels is that of the model without the cache; a doubt is told once."""
+        caution = check_labels(self.adapter.model, labels, examples, self._identity.sides)
+        if caution and not self._cautioned:
+            self._cautioned = True
+            warnings.warn(f"cache.batch(batch): {caution}", stacklevel=4)
 
     def _start(self, examples: Examples, stop: bool) -> Recorder | Replayer:
         """What lets a forward with these examples run."""
