@@ -66,6 +66,7 @@ class Store:
         self._read_to = 0  # bytes of the index that were read
         self._end = 0  # of the data
         self._lock: int | None = None
+        self._forbidden = ""  # why the lock's file could not be opened
         self._map: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +133,7 @@ class Store:
         entry = self.entries[key]
         path = self.folder / DATA
         if entry.length and entry.end > len(self._map):
+            self._refuse_gone()
             if self._data_size() < entry.end:
                 raise CheckpointError(f"{path} was cut while it was in use; open the cache again to mend it")
             self._map = np.memmap(path, dtype=np.uint8, mode="r")
@@ -142,6 +144,16 @@ class Store:
                 f"{self.folder}, and it is filled anew"
             )
         return record
+
+    def _refuse_gone(self) -> None:
+        """Raise CheckpointError where what was there is not there any more."""
+        gone = [name for name in (META, DATA, INDEX) if not (self.folder / name).exists()]
+        if not self.folder.is_dir() or (self._end and gone):
+            what = f"{', '.join(gone)} in it" if self.folder.is_dir() else "it"
+            raise CheckpointError(
+                f"{self.folder}: the folder of the cached hidden states was in use, and {what} was deleted; open the "
+                "cache again, and it is filled anew"
+            )
 
     def _data_size(self) -> int:
         path = self.folder / DATA
@@ -167,14 +179,21 @@ class Store:
         """Become the one that writes, and see what others wrote.
 
         Raises:
-            ConfigError: another process writes, or another cache of this process.
+            ConfigError: another process writes, or another cache of this process; the folder may only be read.
+            CheckpointError: the folder is gone.
         """
+        self._refuse_gone()
         if self._lock is not None:
             return
         if not self._try_lock():
+            if self._forbidden:
+                raise ConfigError(
+                    f"{self.folder}: nothing can be written here ({self._forbidden}), and this would store examples "
+                    "that are new; make the folder writable, or give another one"
+                )
             raise ConfigError(
-                f"{self.folder}: somebody else writes to this cache of hidden states, or nobody may; wait for them, or "
-                "give another folder"
+                f"{self.folder}: somebody else writes to this cache of hidden states; wait for them, or give another "
+                "folder"
             )
         if self.meta is None and (self.folder / META).exists():
             self.meta = self._read_meta()
@@ -185,8 +204,10 @@ class Store:
 
         try:
             handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError:  # a folder that may only be read
+        except OSError as error:  # a folder that may only be read
+            self._forbidden = error.strerror or str(error)
             return False
+        self._forbidden = ""
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -275,7 +296,9 @@ class Store:
 
         Raises:
             ConfigError: it has not.
+            CheckpointError: the folder is gone.
         """
+        self._refuse_gone()
         free = shutil.disk_usage(self.folder).free
         if needed > free - RESERVE:
             raise ConfigError(
