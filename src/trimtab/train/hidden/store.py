@@ -11,6 +11,7 @@ line: both are dropped when the folder is next opened for writing.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -73,9 +74,7 @@ class Store:
             found = {path.name for path in folder.iterdir()}
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be used: {error.strerror or error}; give another folder") from error
-        if META not in found and found - {LOCK, f"{META}.tmp"}:
-            raise ConfigError(f"{folder} is not empty and holds no hidden states ({META} is missing); give another one")
-        self.meta = self._read_meta() if META in found else None
+        self.meta = _meta_in(folder, found)
         if self.meta is not None:
             if self._try_lock():
                 self._recover()
@@ -84,16 +83,6 @@ class Store:
                 self._read_index()
 
     # -- reading -------------------------------------------------------------------------------
-
-    def _read_meta(self) -> dict[str, Any]:
-        path = self.folder / META
-        try:
-            meta = json.loads(path.read_bytes())
-            if isinstance(meta, dict):
-                return meta
-        except (OSError, ValueError):
-            pass
-        raise CheckpointError(f"{path} is damaged; delete the folder, and it is filled anew")
 
     def _read_index(self) -> bytes:
         """Take up the lines that came since, and give back what is left over: a line cut off, or nothing.
@@ -196,7 +185,7 @@ class Store:
                 "folder"
             )
         if self.meta is None and (self.folder / META).exists():
-            self.meta = self._read_meta()
+            self.meta = _meta_in(self.folder, {META})
         self._recover()
 
     def _try_lock(self) -> bool:
@@ -311,6 +300,44 @@ class Store:
         """Let go of the files and of the lock."""
         self._unlock()
         self._map = np.zeros(0, dtype=np.uint8)
+
+
+def look_into(folder: Path) -> tuple[dict[str, Any] | None, int]:
+    """What meta.json of a folder says, if there is one, and how large the data is; nothing is made or written.
+
+    Raises:
+        ConfigError: the folder holds something else.
+        CheckpointError: it cannot be made or read, or is damaged.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        found = {path.name for path in place.iterdir()}
+    except OSError as error:
+        # As making the folder would say it.
+        why = os.strerror(errno.EEXIST) if place == folder.absolute() and not place.is_dir() else error.strerror
+        raise CheckpointError(f"{folder} cannot be used: {why or error}; give another folder") from error
+    if place != folder.absolute():
+        return None, 0
+    data = folder / DATA
+    return _meta_in(folder, found), data.stat().st_size if data.is_file() else 0
+
+
+def _meta_in(folder: Path, found: set[str]) -> dict[str, Any] | None:
+    """What meta.json says; None in a folder without anything."""
+    if META not in found:
+        if found - {LOCK, f"{META}.tmp"}:
+            raise ConfigError(f"{folder} is not empty and holds no hidden states ({META} is missing); give another one")
+        return None
+    path = folder / META
+    try:
+        meta = json.loads(path.read_bytes())
+        if isinstance(meta, dict):
+            return meta
+    except (OSError, ValueError):
+        pass
+    raise CheckpointError(f"{path} is damaged; delete the folder, and it is filled anew")
 
 
 def _line(key: str, entry: Entry) -> bytes:
