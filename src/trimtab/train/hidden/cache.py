@@ -79,6 +79,12 @@ class HiddenCache:
     ) -> None:
         if storage not in STORAGES:
             raise ConfigError(f"storage={storage!r} of hidden states is not known; use one of {', '.join(STORAGES)}")
+        if not isinstance(adapter, Adapter):
+            raise ConfigError(
+                f"HiddenCache(adapter, folder): adapter is a {type(adapter).__name__}; give what trimtab.attach() gave"
+            )
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise ConfigError(f"HiddenCache(adapter, folder): folder={folder!r}; give the path of a folder")
         self.adapter, self.folder, self.storage = adapter, Path(folder), storage
         self._reading: Reading = readable(adapter)
         self._identity = Identity(adapter, self._reading, storage)
@@ -146,8 +152,8 @@ class HiddenCache:
 
     def _per_stack(self, tokens: int | Sequence[int]) -> tuple[int, ...]:
         stacks = len(self._reading.hooks)
-        each = (tokens,) * stacks if isinstance(tokens, int) else tuple(tokens)
-        if len(each) != stacks or min(each) < 0:
+        each = tuple(tokens) if isinstance(tokens, Sequence) else (tokens,) * stacks
+        if len(each) != stacks or not all(type(n) is int and n >= 0 for n in each):
             raise ConfigError(f"tokens={tokens!r}: give a number of tokens, or one for each of {stacks} stacks")
         return each
 
@@ -215,6 +221,7 @@ class HiddenCache:
         Raises:
             ConfigError: the batch is none that could be.
         """
+        _refuse_no_mapping(batch)
         return {key for key in examples_of(batch, self._identity.sides).keys if key not in self._store.entries}
 
     def prepare(self, tokens: int | Sequence[int]) -> None:
@@ -242,6 +249,7 @@ class HiddenCache:
     @contextmanager
     def _visiting(self, batch: Mapping[str, Any], *, stop: bool) -> Iterator[list[bool]]:
         self._check_ready()
+        _refuse_no_mapping(batch)
         examples = examples_of(batch, self._identity.sides)
         labels = batch.get("labels")
         self._check_labels(labels, examples)
@@ -329,6 +337,10 @@ class HiddenCache:
         """Whether the cache is of what the model computes now."""
         if self._busy:
             raise ConfigError("cache.batch(): one batch at a time; leave the context of the other first")
+        try:
+            self.adapter._require_open("cache.batch()")
+        except ValueError as error:
+            raise ConfigError(f"{error}, with a cache of it") from None
         if self.adapter.record.active != self.adapter.attached_name:
             raise ConfigError("cache.batch(): the adapter is not at work; trimtab.activate() it first")
         self._identity.check_unchanged(self.folder)
@@ -344,6 +356,14 @@ class HiddenCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _refuse_no_mapping(batch: Any) -> None:
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"cache.batch(batch): batch is a {type(batch).__name__}; give the mapping that the model is called with, "
+            "such as {'input_ids': ..., 'attention_mask': ...}"
+        )
 
 
 def _size(count: float) -> str:

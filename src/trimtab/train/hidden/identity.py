@@ -129,7 +129,7 @@ def _compare(folder: Path, facts: Mapping[str, Any], meta: Mapping[str, Any]) ->
         ("config", "of a backbone with other settings"),
         ("tensors", "of another backbone"),
     ):
-        here, there = facts.get(key), meta.get(key)
+        here, there = facts.get(key, {}), meta.get(key)
         if key in facts and here != there:
             nested = isinstance(there, dict) and isinstance(here, dict)
             odd = differences(here, there or {}) if nested else f"{key} {there!r} there, {here!r} here"
