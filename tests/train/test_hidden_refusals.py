@@ -57,6 +57,16 @@ def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
                 call(wrong)
 
 
+def test_what_trains_here_and_was_frozen_there_is_named(tmp_path: Path) -> None:
+    model, adapter = with_read("llama")
+    with open_cache(adapter, tmp_path) as cache:
+        visit(model, adapter, cache, collate(examples("llama")))
+    with pytest.raises(
+        trimtab.CheckpointError, match=r"lm_head.weight trains here \(train_also, say\), and was frozen"
+    ):
+        open_cache(with_read("llama", train_also=["head"])[1], tmp_path)
+
+
 def test_a_detached_adapter_is_refused(tmp_path: Path) -> None:
     adapter = with_read("llama")[1]
     cache = open_cache(adapter, tmp_path)

@@ -45,6 +45,7 @@ class Identity:
         self._model = adapter.model
         self._refuse_split()
         trained = [entry.parameter for entry in adapter.trainable()]
+        self._trained = [entry.name for entry in adapter.trainable()]
         self._backbone = Backbone(adapter.model, trained, reading.networks)
         self._state = self._backbone.state()
         self.sides = _sides(adapter.model, reading)
@@ -85,6 +86,14 @@ class Identity:
         Raises:
             CheckpointError: it is not, or is damaged.
         """
+        there = meta.get("tensors")
+        if isinstance(there, dict) and (names := [name for name in self._trained if name in there]):
+            # With the other facts first, which say it if this is another model altogether.
+            _compare(folder, {name: fact for name, fact in self.facts.items() if name != "tensors"}, meta)
+            raise CheckpointError(
+                f"{folder}: {names[0]} trains here (train_also, say), and was frozen where the cached hidden states "
+                f"were stored; train the same, or {_WAY_OUT}"
+            )
         _compare(folder, self.facts, meta)
         try:
             calls = meta["calls"]
