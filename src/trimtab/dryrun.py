@@ -15,8 +15,8 @@ from trimtab.methods.base import Adapter
 from trimtab.models.presets import PAPER_VOCABULARY, PRESETS
 from trimtab.preflight import check_method, complete_store, known_vocabulary, local_inputs, shadow
 from trimtab.report.terminal import draws_braille, schedule_picture, terminal_width
-from trimtab.train.cached import check_cache, room_is_short, told
-from trimtab.train.memory import predict_phases
+from trimtab.train.cached import check_cache, look_ahead, room_is_short, told
+from trimtab.train.memory import predict_phases, size_text
 from trimtab.train.run import DTYPES, phase_table
 
 
@@ -25,6 +25,7 @@ def dry_run(config: PretrainConfig, console: Console) -> None:
 
     Raises:
         ConfigError: the model or its fit to the method is wrong, as far as shapes show it.
+        CheckpointError: the folder of the cache cannot be used, or is of other stacks or another form.
     """
 
     def say(text: str = "") -> None:
@@ -98,7 +99,13 @@ def cache_notes(config: PretrainConfig, adapter: Adapter) -> Iterator[str]:
         return
     folder, store, each = config.train.cache_hidden.expanduser(), complete_store(config), check_cache(config, adapter)
     chunks = None if store is None else store.train.n_chunks(config.data.seq_len)
+    there = look_ahead(config, adapter, folder)
     yield from told(config, folder, each, chunks)
+    if there:
+        yield (
+            f"hidden states: {folder} holds {size_text(there)} already; a dry run does not look which of the run's "
+            "sequences these are, nor whether they are of this very checkpoint"
+        )
     if chunks is not None and room_is_short(config, folder, each, chunks):
         yield "warning: train.cache_hidden: the disk has no room for that: on this machine the run would be refused"
 

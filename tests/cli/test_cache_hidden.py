@@ -78,6 +78,9 @@ def test_several_epochs(project: Path, capsys: pytest.CaptureFixture[str]) -> No
 
     dry = run(capsys, "pretrain", "run.yaml", "--dry-run")
     assert f" for {tokens} tokens ({EACH} bytes each, bf16), in hidden; " in dry.out and "at most" not in dry.out
+    assert f"hidden states: hidden holds {tokens * EACH / 1024:.1f} KiB already" in dry.out
+    dry = run(capsys, "pretrain", "run.yaml", "--dry-run", "train.cache_storage=int8")
+    assert dry.status == 2 and "train.cache_hidden: hidden: the cached hidden states are stored in another" in dry.err
     again = run(capsys, "pretrain", "run.yaml", "name=again", "optim.lr=1e-3")
     assert f", of which {tokens * EACH / 1024:.1f} KiB are there, in hidden; " in again.out
     assert (project / "hidden" / "data.bin").stat().st_size == tokens * EACH
@@ -118,6 +121,16 @@ def test_refusals_are_one_line(
         "trimtab: train.cache_hidden: hidden: the cached hidden states need"
     )
     assert not files_in(project / "runs" / "small")
+
+
+@pytest.mark.parametrize("path", ["afile", "afile/under", "model"])
+def test_a_dry_run_refuses_a_path_as_the_run_does(path: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "afile").write_text("mine")
+    ended = run(capsys, "pretrain", "run.yaml", f"train.cache_hidden={path}")
+    before = files_in(project)
+    dry = run(capsys, "pretrain", "run.yaml", f"train.cache_hidden={path}", "--dry-run")
+    assert (dry.status, dry.err) == (ended.status, ended.err) == (2, ended.err)
+    assert f"train.cache_hidden: {path} " in dry.err and files_in(project) == before
 
 
 def test_a_storage_without_a_cache_is_noted(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,49 @@ def test_something_that_trains_before_the_blocks_is_refused(tmp_path: Path) -> N
         adapter.model.get_parameter(name).requires_grad_(False)
 
 
+def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
+    model, adapter = with_read("llama")
+    folder: Any = tmp_path / "cache"
+    for args, message in (
+        ((model, folder), "adapter is a LlamaForCausalLM; give what trimtab.attach"),
+        ((str(folder), adapter), "adapter is a str"),
+        ((adapter, None), "folder=None; give the path of a folder"),
+        ((adapter, 3), "folder=3"),
+        ((adapter, ""), "folder=''"),
+        ((adapter, folder, "bf16", "a"), "tokens='a': give a number of tokens"),
+        ((adapter, folder, "bf16", 2.5), "tokens=2.5"),
+    ):
+        with pytest.raises(trimtab.ConfigError, match=message):
+            trimtab.HiddenCache(*args)
+    cache = open_cache(adapter, folder)
+    for batch, kind in (([collate(examples("llama"))], "list"), (token_ids(), "Tensor")):
+        wrong: Any = batch
+        for call in (cache.add, cache.missing, lambda x: cache.batch(x).__enter__()):
+            with pytest.raises(trimtab.ConfigError, match=f"batch is a {kind}; give the mapping that the model"):
+                call(wrong)
+
+
+def test_what_trains_here_and_was_frozen_there_is_named(tmp_path: Path) -> None:
+    model, adapter = with_read("llama")
+    with open_cache(adapter, tmp_path) as cache:
+        visit(model, adapter, cache, collate(examples("llama")))
+    with pytest.raises(
+        trimtab.CheckpointError, match=r"lm_head.weight trains here \(train_also, say\), and was frozen"
+    ):
+        open_cache(with_read("llama", train_also=["head"])[1], tmp_path)
+
+
+def test_a_detached_adapter_is_refused(tmp_path: Path) -> None:
+    adapter = with_read("llama")[1]
+    cache = open_cache(adapter, tmp_path)
+    adapter.detach()
+    with (
+        pytest.raises(trimtab.ConfigError, match=r"cache.batch\(\): this adapter was detached; attach a new one"),
+        cache.batch(collate(examples("llama"))),
+    ):
+        raise AssertionError
+
+
 def test_generate_is_refused_within_a_batch(tmp_path: Path) -> None:
     """A call on a part of a text has other hidden states, whether the cache knows the text or not."""
     model, adapter = with_read("llama")

@@ -25,8 +25,8 @@ from trimtab.data.batches import Batch, TrainBatches
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import Adapter
 from trimtab.train.hidden import HiddenCache
-from trimtab.train.hidden.identity import bytes_of_tokens
-from trimtab.train.hidden.store import DATA, RESERVE
+from trimtab.train.hidden.identity import bytes_of_tokens, check_outline
+from trimtab.train.hidden.store import DATA, RESERVE, look_into
 from trimtab.train.memory import size_text
 
 
@@ -182,6 +182,20 @@ def check_cache(config: PretrainConfig, adapter: Adapter) -> int:
     """
     with naming_the_setting():
         return sum(bytes_of_tokens(adapter, config.train.cache_storage))
+
+
+def look_ahead(config: PretrainConfig, adapter: Adapter, folder: Path) -> int:
+    """Bytes that a run's folder holds already, which is looked into without weights; nothing is made or written.
+
+    Raises:
+        ConfigError: the folder holds something else.
+        CheckpointError: it cannot be made or read, is damaged, or is of other stacks or stored in another form.
+    """
+    with naming_the_setting():
+        meta, size = look_into(folder)
+        if meta is not None:
+            check_outline(adapter, config.train.cache_storage, folder, meta)
+    return size
 
 
 def told(config: PretrainConfig, folder: Path, each: int, chunks: int | None, stored: int = 0) -> Iterator[str]:

@@ -26,6 +26,7 @@ from trimtab.train.hidden.backbone import differences
 from trimtab.train.hidden.codes import STORAGES, Storage, is_exact
 from trimtab.train.hidden.examples import Examples, examples_of
 from trimtab.train.hidden.identity import Identity, planes_of, readable, token_bytes
+from trimtab.train.hidden.labels import check_labels
 from trimtab.train.hidden.store import Store
 from trimtab.train.hidden.visit import Calls, Recorder, Replayer, attention_of, autocast_of
 
@@ -78,12 +79,18 @@ class HiddenCache:
     ) -> None:
         if storage not in STORAGES:
             raise ConfigError(f"storage={storage!r} of hidden states is not known; use one of {', '.join(STORAGES)}")
+        if not isinstance(adapter, Adapter):
+            raise ConfigError(
+                f"HiddenCache(adapter, folder): adapter is a {type(adapter).__name__}; give what trimtab.attach() gave"
+            )
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise ConfigError(f"HiddenCache(adapter, folder): folder={folder!r}; give the path of a folder")
         self.adapter, self.folder, self.storage = adapter, Path(folder), storage
         self._reading: Reading = readable(adapter)
         self._identity = Identity(adapter, self._reading, storage)
         self._calls: Calls | None = None
         self._planes = planes_of(self._reading, None)
-        self._busy = False
+        self._busy = self._cautioned = False
         self._store = Store(self.folder)
         self._take_meta()
         self._expected = None if tokens is None else self._per_stack(tokens)
@@ -145,8 +152,8 @@ class HiddenCache:
 
     def _per_stack(self, tokens: int | Sequence[int]) -> tuple[int, ...]:
         stacks = len(self._reading.hooks)
-        each = (tokens,) * stacks if isinstance(tokens, int) else tuple(tokens)
-        if len(each) != stacks or min(each) < 0:
+        each = tuple(tokens) if isinstance(tokens, Sequence) else (tokens,) * stacks
+        if len(each) != stacks or not all(type(n) is int and n >= 0 for n in each):
             raise ConfigError(f"tokens={tokens!r}: give a number of tokens, or one for each of {stacks} stacks")
         return each
 
@@ -160,8 +167,9 @@ class HiddenCache:
             batch: the mapping that the model is called with.
 
         Raises:
-            ConfigError: the model is called with something else, or was not called; the adapter is not at work; the
-                disk is nearly full, or another process writes to the folder.
+            ConfigError: the model is called with something else, or was not called; a label counts that is predicted
+                from a position without a token; the adapter is not at work; the disk is nearly full, or another
+                process writes to the folder.
             CheckpointError: the backbone is not the one that the cache was opened with; what is stored is damaged.
         """
         with self._visiting(batch, stop=False) as called:
@@ -213,6 +221,7 @@ class HiddenCache:
         Raises:
             ConfigError: the batch is none that could be.
         """
+        _refuse_no_mapping(batch)
         return {key for key in examples_of(batch, self._identity.sides).keys if key not in self._store.entries}
 
     def prepare(self, tokens: int | Sequence[int]) -> None:
@@ -240,7 +249,10 @@ class HiddenCache:
     @contextmanager
     def _visiting(self, batch: Mapping[str, Any], *, stop: bool) -> Iterator[list[bool]]:
         self._check_ready()
+        _refuse_no_mapping(batch)
         examples = examples_of(batch, self._identity.sides)
+        labels = batch.get("labels")
+        self._check_labels(labels, examples)
         model, called = self.adapter.model, list[bool]()
         with ExitStack() as on:
             self._busy = True
@@ -250,7 +262,10 @@ class HiddenCache:
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 forward.close()
                 called.append(True)
-                examples.check_call(called_with(module, args, kwargs), pair=self._identity.pair)
+                call = called_with(module, args, kwargs)
+                examples.check_call(call, pair=self._identity.pair)
+                if call.get("labels") is not labels:
+                    self._check_labels(call.get("labels"), examples)
                 self._start(examples, stop).put_on(forward)
 
             def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -259,6 +274,13 @@ class HiddenCache:
             on.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
             on.callback(model.register_forward_hook(after, always_call=True).remove)
             yield called
+
+    def _check_labels(self, labels: Any, examples: Examples) -> None:
+        """Whether a loss with these labels is that of the model without the cache; a doubt is told once."""
+        caution = check_labels(self.adapter.model, labels, examples, self._identity.sides)
+        if caution and not self._cautioned:
+            self._cautioned = True
+            warnings.warn(f"cache.batch(batch): {caution}", stacklevel=4)
 
     def _start(self, examples: Examples, stop: bool) -> Recorder | Replayer:
         """What lets a forward with these examples run."""
@@ -315,6 +337,10 @@ class HiddenCache:
         """Whether the cache is of what the model computes now."""
         if self._busy:
             raise ConfigError("cache.batch(): one batch at a time; leave the context of the other first")
+        try:
+            self.adapter._require_open("cache.batch()")
+        except ValueError as error:
+            raise ConfigError(f"{error}, with a cache of it") from None
         if self.adapter.record.active != self.adapter.attached_name:
             raise ConfigError("cache.batch(): the adapter is not at work; trimtab.activate() it first")
         self._identity.check_unchanged(self.folder)
@@ -330,6 +356,14 @@ class HiddenCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _refuse_no_mapping(batch: Any) -> None:
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"cache.batch(batch): batch is a {type(batch).__name__}; give the mapping that the model is called with, "
+            "such as {'input_ids': ..., 'attention_mask': ...}"
+        )
 
 
 def _size(count: float) -> str:

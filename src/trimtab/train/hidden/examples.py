@@ -37,7 +37,7 @@ _LABELS = frozenset({"labels", "label", "label_ids", "start_positions", "end_pos
 #: What lets a model run on less than its whole input.
 _PARTIAL = ("past_key_values", "encoder_outputs", "cache_params")
 #: Labels of this value are no part of the loss.
-_IGNORED_LABEL = -100
+IGNORED_LABEL = -100
 
 
 class Tokens:
@@ -247,7 +247,7 @@ def _decoder_mask(values: Mapping[str, Any], labels: Any) -> Tensor | None:
         return mask != 0 if mask.shape == tokens.shape[:2] else None
     if not isinstance(labels, Tensor) or labels.shape != tokens.shape[:2]:
         return None
-    told = labels.cpu() != _IGNORED_LABEL
+    told = labels.cpu() != IGNORED_LABEL
     return told.flip(1).cumsum(1).flip(1) > 0
 
 

@@ -45,18 +45,12 @@ class Identity:
         self._model = adapter.model
         self._refuse_split()
         trained = [entry.parameter for entry in adapter.trainable()]
+        self._trained = [entry.name for entry in adapter.trainable()]
         self._backbone = Backbone(adapter.model, trained, reading.networks)
         self._state = self._backbone.state()
         self.sides = _sides(adapter.model, reading)
-        stacks = [
-            {"name": hooks.stack.name, "calls": hooks.stack.calls, "width": width}
-            for hooks, width in zip(reading.hooks, reading.widths, strict=True)
-        ]
         self.facts: dict[str, Any] = {
-            "format": FORMAT,
-            "storage": storage,
-            "stacks": stacks,
-            "crossing": reading.crossing is not None,
+            **_outline(reading, storage),
             "config": self._backbone.settings(),
             "tensors": self._backbone.digests(),
         }
@@ -92,23 +86,15 @@ class Identity:
         Raises:
             CheckpointError: it is not, or is damaged.
         """
-        if meta.get("format") != FORMAT:
+        there = meta.get("tensors")
+        if isinstance(there, dict) and (names := [name for name in self._trained if name in there]):
+            # With the other facts first, which say it if this is another model altogether.
+            _compare(folder, {name: fact for name, fact in self.facts.items() if name != "tensors"}, meta)
             raise CheckpointError(
-                f"{folder}: cached hidden states of format {meta.get('format')}, and this version has format {FORMAT}; "
-                f"{_WAY_OUT}"
+                f"{folder}: {names[0]} trains here (train_also, say), and was frozen where the cached hidden states "
+                f"were stored; train the same, or {_WAY_OUT}"
             )
-        for key, what in (
-            ("storage", "stored in another form"),
-            ("stacks", "of other stacks of blocks"),
-            ("crossing", "read in another way"),
-            ("config", "of a backbone with other settings"),
-            ("tensors", "of another backbone"),
-        ):
-            here, there = self.facts[key], meta.get(key)
-            if here != there:
-                nested = isinstance(there, dict) and isinstance(here, dict)
-                odd = differences(here, there or {}) if nested else f"{key} {there!r} there, {here!r} here"
-                raise CheckpointError(f"{folder}: the cached hidden states are {what}: {odd}; {_WAY_OUT}")
+        _compare(folder, self.facts, meta)
         try:
             calls = meta["calls"]
             lists = {name: tuple(calls[name]) for name in ("forms", "dtypes", "attention", "heads", "kwargs")}
@@ -117,6 +103,46 @@ class Identity:
             raise CheckpointError(
                 f"{folder}: meta.json is damaged ({error}); delete the folder, and it is filled anew"
             ) from error
+
+
+def check_outline(adapter: Adapter, storage: Storage, folder: Path, meta: Mapping[str, Any]) -> None:
+    """Whether a folder's meta.json could be of an adapter's model, as far as that shows without weights.
+
+    Raises:
+        ConfigError: as `readable`.
+        CheckpointError: it is of other stacks, or stored in another form.
+    """
+    _compare(folder, _outline(readable(adapter), storage), meta)
+
+
+def _outline(reading: Reading, storage: Storage) -> dict[str, Any]:
+    """The facts that a model on the meta device tells, too."""
+    stacks = [
+        {"name": hooks.stack.name, "calls": hooks.stack.calls, "width": width}
+        for hooks, width in zip(reading.hooks, reading.widths, strict=True)
+    ]
+    return {"format": FORMAT, "storage": storage, "stacks": stacks, "crossing": reading.crossing is not None}
+
+
+def _compare(folder: Path, facts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a folder's meta.json says something else than the facts."""
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}: cached hidden states of format {meta.get('format')}, and this version has format {FORMAT}; "
+            f"{_WAY_OUT}"
+        )
+    for key, what in (
+        ("storage", "stored in another form"),
+        ("stacks", "of other stacks of blocks"),
+        ("crossing", "read in another way"),
+        ("config", "of a backbone with other settings"),
+        ("tensors", "of another backbone"),
+    ):
+        here, there = facts.get(key, {}), meta.get(key)
+        if key in facts and here != there:
+            nested = isinstance(there, dict) and isinstance(here, dict)
+            odd = differences(here, there or {}) if nested else f"{key} {there!r} there, {here!r} here"
+            raise CheckpointError(f"{folder}: the cached hidden states are {what}: {odd}; {_WAY_OUT}")
 
 
 def readable(adapter: Adapter) -> Reading:

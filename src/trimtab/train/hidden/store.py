@@ -11,6 +11,7 @@ line: both are dropped when the folder is next opened for writing.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -66,15 +67,14 @@ class Store:
         self._read_to = 0  # bytes of the index that were read
         self._end = 0  # of the data
         self._lock: int | None = None
+        self._forbidden = ""  # why the lock's file could not be opened
         self._map: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             found = {path.name for path in folder.iterdir()}
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be used: {error.strerror or error}; give another folder") from error
-        if META not in found and found - {LOCK, f"{META}.tmp"}:
-            raise ConfigError(f"{folder} is not empty and holds no hidden states ({META} is missing); give another one")
-        self.meta = self._read_meta() if META in found else None
+        self.meta = _meta_in(folder, found)
         if self.meta is not None:
             if self._try_lock():
                 self._recover()
@@ -83,16 +83,6 @@ class Store:
                 self._read_index()
 
     # -- reading -------------------------------------------------------------------------------
-
-    def _read_meta(self) -> dict[str, Any]:
-        path = self.folder / META
-        try:
-            meta = json.loads(path.read_bytes())
-            if isinstance(meta, dict):
-                return meta
-        except (OSError, ValueError):
-            pass
-        raise CheckpointError(f"{path} is damaged; delete the folder, and it is filled anew")
 
     def _read_index(self) -> bytes:
         """Take up the lines that came since, and give back what is left over: a line cut off, or nothing.
@@ -132,6 +122,7 @@ class Store:
         entry = self.entries[key]
         path = self.folder / DATA
         if entry.length and entry.end > len(self._map):
+            self._refuse_gone()
             if self._data_size() < entry.end:
                 raise CheckpointError(f"{path} was cut while it was in use; open the cache again to mend it")
             self._map = np.memmap(path, dtype=np.uint8, mode="r")
@@ -142,6 +133,16 @@ class Store:
                 f"{self.folder}, and it is filled anew"
             )
         return record
+
+    def _refuse_gone(self) -> None:
+        """Raise CheckpointError where what was there is not there any more."""
+        gone = [name for name in (META, DATA, INDEX) if not (self.folder / name).exists()]
+        if not self.folder.is_dir() or (self._end and gone):
+            what = f"{', '.join(gone)} in it" if self.folder.is_dir() else "it"
+            raise CheckpointError(
+                f"{self.folder}: the folder of the cached hidden states was in use, and {what} was deleted; open the "
+                "cache again, and it is filled anew"
+            )
 
     def _data_size(self) -> int:
         path = self.folder / DATA
@@ -167,17 +168,24 @@ class Store:
         """Become the one that writes, and see what others wrote.
 
         Raises:
-            ConfigError: another process writes, or another cache of this process.
+            ConfigError: another process writes, or another cache of this process; the folder may only be read.
+            CheckpointError: the folder is gone.
         """
+        self._refuse_gone()
         if self._lock is not None:
             return
         if not self._try_lock():
+            if self._forbidden:
+                raise ConfigError(
+                    f"{self.folder}: nothing can be written here ({self._forbidden}), and this would store examples "
+                    "that are new; make the folder writable, or give another one"
+                )
             raise ConfigError(
-                f"{self.folder}: somebody else writes to this cache of hidden states, or nobody may; wait for them, or "
-                "give another folder"
+                f"{self.folder}: somebody else writes to this cache of hidden states; wait for them, or give another "
+                "folder"
             )
         if self.meta is None and (self.folder / META).exists():
-            self.meta = self._read_meta()
+            self.meta = _meta_in(self.folder, {META})
         self._recover()
 
     def _try_lock(self) -> bool:
@@ -185,8 +193,10 @@ class Store:
 
         try:
             handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError:  # a folder that may only be read
+        except OSError as error:  # a folder that may only be read
+            self._forbidden = error.strerror or str(error)
             return False
+        self._forbidden = ""
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -275,7 +285,9 @@ class Store:
 
         Raises:
             ConfigError: it has not.
+            CheckpointError: the folder is gone.
         """
+        self._refuse_gone()
         free = shutil.disk_usage(self.folder).free
         if needed > free - RESERVE:
             raise ConfigError(
@@ -288,6 +300,44 @@ class Store:
         """Let go of the files and of the lock."""
         self._unlock()
         self._map = np.zeros(0, dtype=np.uint8)
+
+
+def look_into(folder: Path) -> tuple[dict[str, Any] | None, int]:
+    """What meta.json of a folder says, if there is one, and how large the data is; nothing is made or written.
+
+    Raises:
+        ConfigError: the folder holds something else.
+        CheckpointError: it cannot be made or read, or is damaged.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        found = {path.name for path in place.iterdir()}
+    except OSError as error:
+        # As making the folder would say it.
+        why = os.strerror(errno.EEXIST) if place == folder.absolute() and not place.is_dir() else error.strerror
+        raise CheckpointError(f"{folder} cannot be used: {why or error}; give another folder") from error
+    if place != folder.absolute():
+        return None, 0
+    data = folder / DATA
+    return _meta_in(folder, found), data.stat().st_size if data.is_file() else 0
+
+
+def _meta_in(folder: Path, found: set[str]) -> dict[str, Any] | None:
+    """What meta.json says; None in a folder without anything."""
+    if META not in found:
+        if found - {LOCK, f"{META}.tmp"}:
+            raise ConfigError(f"{folder} is not empty and holds no hidden states ({META} is missing); give another one")
+        return None
+    path = folder / META
+    try:
+        meta = json.loads(path.read_bytes())
+        if isinstance(meta, dict):
+            return meta
+    except (OSError, ValueError):
+        pass
+    raise CheckpointError(f"{path} is damaged; delete the folder, and it is filled anew")
 
 
 def _line(key: str, entry: Entry) -> bytes:
