@@ -154,3 +154,20 @@ def test_a_module_of_the_networks_name_says_what_to_do() -> None:
     model.model.read = nn.Linear(2, 2)
     with pytest.raises(trimtab.ConfigError, match=r"has a 'read' of its own.*rename"):
         trimtab.attach(model, READ(size=8))
+
+
+def test_a_blocks_forward_that_is_patched_later_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are put into a class of layers when the model is there, also when it wears READ already."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    model = tiny_llama()
+    trimtab.attach(model, trimtab.READ(size=8))
+    calls, forward = [], LlamaDecoderLayer.forward
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", patched)
+    model(input_ids=token_ids())
+    assert calls == list(model.model.layers)

@@ -37,7 +37,12 @@ def _swapped_class(plain: type[nn.Module], mixin: type[Swapped]) -> type[nn.Modu
         body = {"__module__": named.__module__, "swap_mixin": mixin, "swap_plain": plain}
         if not mixin.label:
             body["__qualname__"] = plain.__qualname__
-        _CLASSES[plain, mixin] = type(mixin.label + plain.__name__, (mixin, plain), body)
+        made: Any = type(mixin.label + plain.__name__, (mixin, plain), body)
+        if "forward" in vars(made) and not hasattr(mixin, "forward"):
+            del (
+                made.forward
+            )  # transformers gives subclasses of its layers a copy, and a later patch of theirs must count
+        _CLASSES[plain, mixin] = made
     return _CLASSES[plain, mixin]
 
 
