@@ -39,9 +39,8 @@ def _swapped_class(plain: type[nn.Module], mixin: type[Swapped]) -> type[nn.Modu
             body["__qualname__"] = plain.__qualname__
         made: Any = type(mixin.label + plain.__name__, (mixin, plain), body)
         if "forward" in vars(made) and not hasattr(mixin, "forward"):
-            del (
-                made.forward
-            )  # transformers gives subclasses of its layers a copy, and a later patch of theirs must count
+            # transformers gives subclasses of its layers a copy; what is put into the class itself later must run, too.
+            del made.forward
         _CLASSES[plain, mixin] = made
     return _CLASSES[plain, mixin]
 
