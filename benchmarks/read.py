@@ -15,7 +15,7 @@ a classifier. T5's and BERT's dropout is 0 in every row: what it would keep, REA
 * peft's row has its defaults and the model's own loss; "our loss" gives it the chunked loss (`Objective`), which all
   other rows have, to tell what is the loss's. LoRA sits on all linears of the blocks, ours and peft's.
 * "READ gru 256, mean" is the variant of the authors' code; "READ none 128, mean" has a network for each layer instead
-  of a recurrence. LST (Ladder Side-Tuning) is listed where it can be had.
+  of a recurrence. LST is Ladder Side-Tuning.
 
 Three tables for each model:
 
@@ -50,7 +50,6 @@ from trimtab.bench.meters import live_bytes, saved_bytes
 from trimtab.bench.runner import Timings, circumstances, interleave, markdown_table
 from trimtab.bench.steps import RATE, Costs, Loss, Stepper, apart, chunked_loss, kept_from, own_loss, trained
 from trimtab.bench.synthetic import FAMILIES, QUICK, Family, Shape
-from trimtab.methods import registry
 
 FULL, PLAIN = "full", "full, plain PyTorch"
 PEFT, PEFT_CHUNKED, LORA = "peft LoRA r=8", "peft LoRA r=8, our loss", "trimtab LoRA r=8"
@@ -63,13 +62,12 @@ METHODS: dict[str, Callable[[tuple[str, ...]], trimtab.Method]] = {
     "bottleneck m=16": lambda _: trimtab.Bottleneck(size=16),
     "BitFit": lambda _: trimtab.BitFit(add_bias=True),
     "prompt, 16": lambda _: trimtab.PromptTuning(length=16),
-    LADDER: lambda _: registry()["ladder"](),
+    LADDER: lambda _: trimtab.Ladder(),
     READ: lambda _: trimtab.READ(cell="rnn", size=128),
     AUTHORS: lambda _: trimtab.READ(cell="gru", size=256, aggregate="mean", init="drawn"),
     APART: lambda _: trimtab.READ(cell="none", size=128, aggregate="mean"),
 }
-_ALL = (FULL, PLAIN, LORA, PEFT, PEFT_CHUNKED, *METHODS)
-ROWS = tuple(row for row in dict.fromkeys(_ALL) if row != LADDER or "ladder" in registry())
+ROWS = tuple(dict.fromkeys((FULL, PLAIN, LORA, PEFT, PEFT_CHUNKED, *METHODS)))
 
 
 GENERATIVE = ("llama", "t5")
@@ -356,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"\nThe aims, which are for the models at size:\n\n{aims_table(family, costs, times)}")
         if "growth" in options.tables:
             print(f"\nOne sequence, a deeper backbone:\n\n{growth_table(family, options)}")
-    if "later" in options.tables and hasattr(trimtab, "HiddenCache"):
+    if "later" in options.tables:
         print(f"\nA later epoch, from stored hidden states:\n\n{later_table(options.families, options)}")
 
 

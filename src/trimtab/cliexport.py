@@ -68,9 +68,8 @@ full beside it; what has no place in an adapter file is named.
 With --gguf: a file for llama.cpp. SOURCE is a model (LLaMA, Mistral, Qwen 2, Qwen 3), or an
 adapter folder with a LoRA for one of them.
 
-A run whose method has no merged form (bottleneck, prompt, prefix, READ, ladder, BitFit's add_bias)
-is refused by both: its adapter/ has no place in either result, and model/ is not all that it
-learned.
+A run whose method has no merged form is refused by both, with the reason: its adapter/ has no place
+in either result, and model/ is not all that it learned.
 
 \b
 ARGUMENTS

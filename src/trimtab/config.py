@@ -15,11 +15,12 @@ from pydantic import Field, model_validator
 from trimtab.errors import ConfigError
 from trimtab.methods import MethodField
 from trimtab.optim.schedule import Schedule
-from trimtab.settings import Settings
-from trimtab.train.hidden.codes import Storage
+from trimtab.settings import HubSource, Settings
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+#: How hidden states are stored.
+Storage = Literal["bf16", "int8", "exact"]
 
 
 class Misfit(ConfigError):
@@ -29,15 +30,6 @@ class Misfit(ConfigError):
         super().__init__(f"{key}: {message}")
         self.key = key
         self.message = message
-
-
-class HubSource(Settings):
-    """A Hugging Face dataset by name, read as a stream."""
-
-    dataset: str
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
 
 
 class TokenizerConfig(Settings):

@@ -16,6 +16,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+class HubSource(Settings):
+    """A Hugging Face dataset by name, read as a stream."""
+
+    dataset: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
 def annotation_parts(annotation: Any) -> Iterator[Any]:
     """An annotation and everything in its brackets."""
     yield annotation

@@ -196,7 +196,6 @@ def test_read_benchmark_prints_its_tables(script: ModuleType, capsys: pytest.Cap
     assert grown[2] == grown[3] == grown[4]
 
 
-@pytest.mark.skipif(not hasattr(trimtab, "HiddenCache"), reason="hidden states cannot be stored yet")
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("script", ["read"], indirect=True)
 def test_read_benchmark_prints_what_a_later_epoch_costs(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

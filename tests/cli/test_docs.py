@@ -10,10 +10,11 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from trimtab.config import HubSource, PretrainConfig, TokenizerConfig
+from trimtab.config import PretrainConfig, TokenizerConfig
 from trimtab.configerrors import section_model
 from trimtab.loadconfig import load_config
 from trimtab.methods import Method, registry
+from trimtab.settings import HubSource
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import CONFIG, write_project
 
-from trimtab.config import HubSource, PretrainConfig
+from trimtab.config import PretrainConfig
 from trimtab.errors import ConfigError
 from trimtab.loadconfig import dump_config, load_config, unused_settings
 from trimtab.methods import ReLoRA
+from trimtab.settings import HubSource
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import pytest
 import zstandard
 from data_for_tests import config, rows, write_jsonl
 
-from trimtab.config import HubSource
 from trimtab.data.readers import BEGINNING, Cursor, Document, probe, read_documents
 from trimtab.data.sources import Input, is_validation, resolve
 from trimtab.errors import DataError
+from trimtab.settings import HubSource
 
 
 def read(*sources: Any, start: Cursor = BEGINNING, **changes: Any) -> list[Document]:

@@ -488,6 +488,6 @@ def test_too_little_text_is_known_at_the_start(text: Path, tmp_path: Path) -> No
 def test_one_schedule_for_all(text: Path, tmp_path: Path) -> None:
     """The schedule's restarts are those of the method, and its warm start is the method's switch."""
     asked = config(text, tmp_path)
-    schedule = module.build_schedule(asked)
+    schedule = asked.multiplier()
     assert schedule.restarts == asked.method.restarts(14, 2) == (7, 11)
     assert schedule.warm_start_steps == asked.method.switch_step == 3

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.config import DataConfig, HubSource
+from trimtab.config import DataConfig
 from trimtab.errors import DataError
+from trimtab.settings import HubSource
 
 Kind = Literal["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "hub"]
 Part = Literal["train", "validation", "split"]
@@ -137,13 +138,17 @@ def _file(path: Path, name: str, kind: Kind, part: Part) -> Input:
 def _package_path(source: str) -> Path:
     """`package:NAME/FOLDER`, found without importing the package (its own imports may not be installed)."""
     name, _, rest = source.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None:
+    found = package_path(name, rest)
+    if found is None:
         raise DataError(f"data.sources: {source!r} needs the Python package {name!r}, which is not installed here")
-    roots = list(spec.submodule_search_locations or ())
-    if not roots:
-        raise DataError(f"data.sources: {source!r}: {name!r} is a module without a folder")
-    return Path(roots[0]) / rest
+    return found
+
+
+def package_path(name: str, inside: str) -> Path | None:
+    """A file or folder of an installed package, which is not imported; None where there is no such package."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    roots = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return Path(roots[0]) / inside if roots else None
 
 
 def _dataset(source: HubSource, part: Part, pins: dict[str, str | None] | None) -> Input:

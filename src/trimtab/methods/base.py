@@ -27,23 +27,15 @@ from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointErro
 from trimtab.methods.attached import Attached, place, record_of
 from trimtab.methods.folder import SavedAdapter, write_together
 from trimtab.methods.oneline import OneLine
-from trimtab.methods.parts import AdapterState, StepReport, Trainable
+from trimtab.methods.parts import GROUPS, AdapterState, StepReport, Trainable
 from trimtab.methods.watch import Watch
 from trimtab.nn.residence import Residence
 from trimtab.settings import Settings, check_whole
 
-__all__ = ["GROUPS", "REGISTRY", "Adapter", "AdapterState", "Method", "StepReport", "Trainable", "group_of"]
-
-#: What a trained tensor is, in the order in which `parameter_groups` returns the groups.
-GROUPS = ("adapter", "embedding", "norm", "head", "base")
+__all__ = ["GROUPS", "REGISTRY", "Adapter", "AdapterState", "Method", "StepReport", "Trainable"]
 
 #: The methods by name; read it through `registry.registry()`.
 REGISTRY: dict[str, type[Method]] = {}
-
-
-def group_of(roles: frozenset[str]) -> str:
-    """The group of a tensor with these roles; a tied embedding and head counts as embedding."""
-    return next(group for group in GROUPS if group in roles)
 
 
 class Method(Settings, abc.ABC, metaclass=OneLine):

@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+#: What a trained tensor is, in the order in which `parameter_groups` returns the groups.
+GROUPS = ("adapter", "embedding", "norm", "head", "base")
+
+
+def group_of(roles: frozenset[str]) -> str:
+    """The group of a tensor with these roles; a tied embedding and head counts as embedding."""
+    return next(group for group in GROUPS if group in roles)
+
 
 @dataclass(frozen=True)
 class Trainable:

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.errors import CannotDetach, CheckpointError, ConfigError
-from trimtab.methods.base import Adapter, AdapterState, Method, Trainable, group_of
+from trimtab.methods.base import Adapter, AdapterState, Method, Trainable
 from trimtab.methods.folder import base_sample
 from trimtab.methods.keep import Kept
+from trimtab.methods.parts import group_of
 from trimtab.nn.adapted import Adapted, dress, plain_weights, undress
 from trimtab.nn.inject import ALL_LINEAR, find_targets, parameter_roles, warn_of_rest
 from trimtab.nn.present import module_at

@@ -62,7 +62,7 @@ def stand_ins(stack: Stack, forward: Forward) -> Iterator[None]:
         block.__dict__[name] = value
 
     try:
-        for block in dict.fromkeys(stack.blocks):
+        for block in stack.blocks:
             put(block, _FORWARD, _bound(block, forward))
             put(block, _COMPILED, None)
         yield

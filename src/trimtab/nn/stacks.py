@@ -181,7 +181,7 @@ class DepthHooks:
         owner = self.stack.owner
         self._handles.append(owner.register_forward_pre_hook(self._before_stack))
         self._handles.append(owner.register_forward_hook(self._after_stack))
-        for block in dict.fromkeys(self.stack.blocks):
+        for block in self.stack.blocks:
             put_on(block, _Guarded)
             block.guard_failed = self._after_failure  # type: ignore[assignment]
             self._handles.append(block.register_forward_pre_hook(self._before_block))
@@ -192,7 +192,7 @@ class DepthHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for block in dict.fromkeys(self.stack.blocks):
+        for block in self.stack.blocks:
             take_off(block, _Guarded)
             del block.__dict__["guard_failed"]
         self._claim.clear()
@@ -248,6 +248,8 @@ class DepthHooks:
 
     def _check_order(self, block: nn.Module) -> None:
         blocks = self.stack.blocks
+        if not self.stack.shared and 0 < self._done < len(blocks) and block is blocks[self._done]:
+            return
         if not any(one is block for one in blocks):
             raise ConfigError(
                 f"{self.stack.name}: a copy of a block runs with the hooks of the model it was copied from, as "

@@ -69,15 +69,6 @@ class RunResult:
     evaluation: EvalResult | None = None
 
 
-def build_schedule(config: PretrainConfig) -> Schedule:
-    """The learning rate's multiplier, from the same list of restarts that the adapter follows.
-
-    Raises:
-        ConfigError: lengths that do not fit together.
-    """
-    return config.multiplier()
-
-
 def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Console | None = None) -> RunResult:
     """Train a language model as `config` says; leave everything in its run folder.
 
@@ -105,7 +96,7 @@ def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Con
             config, notes = continued(config, checkpoint)
             for note in notes:
                 _say(console, note)
-        run = _Run(config, folder, console, build_schedule(config), damaged)
+        run = _Run(config, folder, console, config.multiplier(), damaged)
         return run.go(checkpoint, stack)
 
 
@@ -401,4 +392,4 @@ def _data_identity(store: TokenStore) -> str:
     return hashlib.sha256(json.dumps(store.manifest["files"], sort_keys=True).encode()).hexdigest()
 
 
-__all__ = ["DTYPES", "RunResult", "build_schedule", "phase_table", "pretrain", "save_model"]
+__all__ = ["DTYPES", "RunResult", "phase_table", "pretrain", "save_model"]

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.config import Storage
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import Adapter
 from trimtab.nn.replay import Reading, called_with
 from trimtab.train.hidden.backbone import differences
-from trimtab.train.hidden.codes import STORAGES, Storage, is_exact
+from trimtab.train.hidden.codes import STORAGES, is_exact
 from trimtab.train.hidden.examples import Examples, examples_of
 from trimtab.train.hidden.identity import Identity, planes_of, readable, token_bytes
 from trimtab.train.hidden.labels import check_labels

@@ -15,7 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Storage = Literal["bf16", "int8", "exact"]
+from trimtab.config import Storage
+
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 #: Hidden states of a stack; keys and queries of the decoder's cross-attention.
 Kind = Literal["hidden states", "keys", "queries"]

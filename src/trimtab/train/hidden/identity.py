@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.config import Storage
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.methods.base import Adapter
 from trimtab.nn.replay import Reading, Reads
 from trimtab.nn.split import refuse_split
 from trimtab.nn.stacks import is_encoder_decoder, part
 from trimtab.train.hidden.backbone import Backbone, differences
-from trimtab.train.hidden.codes import Plane, Storage
+from trimtab.train.hidden.codes import Plane
 from trimtab.train.hidden.examples import Side
 from trimtab.train.hidden.visit import Calls
 

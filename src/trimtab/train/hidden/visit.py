@@ -18,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from trimtab.config import Storage
 from trimtab.errors import ConfigError, NonFiniteError
 from trimtab.nn.crossing import WAY_OUT, Call
 from trimtab.nn.probabilities import is_even
 from trimtab.nn.replay import Reading, called_with, stand_ins
 from trimtab.nn.untraced import untraced
-from trimtab.train.hidden.codes import Plane, Storage, pack, unpack
+from trimtab.train.hidden.codes import Plane, pack, unpack
 from trimtab.train.hidden.examples import Examples
 
 #: Arguments by which a decoder's block is handed the encoder's outputs, and their mask.
