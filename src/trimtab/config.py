@@ -7,6 +7,7 @@ tree from a file and the command line.
 
 from __future__ import annotations
 
+import abc
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -143,8 +144,8 @@ class LogConfig(Settings):
     tensorboard: bool = False
 
 
-class PretrainConfig(Settings):
-    """Everything that decides a run of `trimtab pretrain`.
+class RunConfig(Settings, abc.ABC):
+    """What every run has, whatever it trains for.
 
     `dtype` is the compute dtype and the storage dtype of frozen weights; what trains is held in fp32.
     `pure` holds what trains in `dtype`, too (to reproduce papers; small updates are lost in bf16).
@@ -157,15 +158,101 @@ class PretrainConfig(Settings):
     dtype: Literal["fp32", "bf16"] = "bf16"
     pure: bool = False
     model: ModelConfig
-    data: DataConfig
     method: MethodField
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    train: TrainConfig
     loss: LossConfig = LossConfig()
-    eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    @abc.abstractmethod
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @property
+    @abc.abstractmethod
+    def stop_at(self) -> int | None:
+        """Completed steps after which to stop, without any effect on the schedule."""
+
+    def check_method(self) -> None:
+        """Refuse settings of the method that do not go with the length of the run, or with checkpointing.
+
+        Raises:
+            Misfit: one of them does not.
+        """
+        total, method = self.total_steps, self.method
+        if self.stop_at is not None and self.stop_at > total:
+            raise Misfit("train.stop_at", f"{self.stop_at} lies beyond train.steps = {total}")
+        if method.switch_step >= total:
+            raise Misfit(
+                "method.warm_start_steps",
+                f"{method.switch_step} leaves nothing of train.steps = {total} for the adapter",
+            )
+        if self.model.gradient_checkpointing and (why := method.no_checkpointing):
+            raise Misfit("model.gradient_checkpointing", f"true: {why}; set it to false, or take another method")
+        if (misfit := method.check_length(total)) is not None:
+            raise Misfit(f"method.{misfit[0]}", misfit[1])
+        if (bare := method.restarts(total)) and not self.restarts():
+            left = total - bare[0]
+            raise Misfit(
+                "schedule.rewarm_steps",
+                f"{self.schedule.rewarm_steps} is longer than the {left} steps that follow the first restart (step "
+                f"{bare[0]} of {total}), so that none would be made; at most {left} fit",
+            )
+        self.multiplier()
+
+    def cautions(self) -> list[str]:
+        """What a user should know before this run, beside its figures."""
+        if self.pure and self.dtype != "fp32":
+            return [f"pure = true holds what trains in {self.dtype}, too: small updates are rounded away and lost"]
+        return []
+
+    def restarts(self) -> tuple[int, ...]:
+        """The completed-step counts after which the method restarts."""
+        return self.method.restarts(self.total_steps, self.schedule.rewarm_steps)
+
+    def multiplier(self) -> Schedule:
+        """The learning rate's multiplier of this run, from the same list of restarts that the method follows.
+
+        Raises:
+            Misfit: a warm-up or re-warm is longer than the stretch that it opens.
+        """
+        try:
+            return Schedule(
+                total_steps=self.total_steps,
+                shape=self.schedule.shape,
+                warmup_steps=self.schedule.warmup_steps,
+                floor=self.schedule.floor,
+                warm_start_steps=self.method.switch_step,
+                after_warm_start=self.schedule.after_warm_start,
+                restarts=self.restarts(),
+                rewarm_steps=self.schedule.rewarm_steps,
+                reference=self.schedule.reference,
+            )
+        except ConfigError as error:
+            # The schedule speaks of its own arguments; two of them are keys of this tree.
+            text = str(error)
+            for key in ("warmup_steps", "rewarm_steps"):
+                if text.startswith(f"{key} = "):
+                    raise Misfit(f"schedule.{key}", text.removeprefix(f"{key} = ")) from None
+            raise Misfit("schedule", text) from None
+
+
+class PretrainConfig(RunConfig):
+    """Everything that decides a run of `trimtab pretrain`."""
+
+    data: DataConfig
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.steps
+
+    @property
+    def stop_at(self) -> int | None:
+        return self.train.stop_at
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:
@@ -188,37 +275,16 @@ class PretrainConfig(Settings):
                 f"{train.micro_batch} does not divide the {sequences} sequences of a step "
                 f"(train.batch_tokens / data.seq_len); the nearest that does is {near}",
             )
-        if train.stop_at is not None and train.stop_at > train.steps:
-            raise Misfit("train.stop_at", f"{train.stop_at} lies beyond train.steps = {train.steps}")
-        if method.switch_step >= train.steps:
-            raise Misfit(
-                "method.warm_start_steps",
-                f"{method.switch_step} leaves nothing of train.steps = {train.steps} for the adapter",
-            )
-        if self.model.gradient_checkpointing and (why := method.no_checkpointing):
-            raise Misfit("model.gradient_checkpointing", f"true: {why}; set it to false, or take another method")
         if train.cache_hidden is not None and (why := method.no_hidden_cache):
             raise Misfit(
                 "train.cache_hidden",
                 f"{train.cache_hidden}: hidden states cannot be kept for the method {method.name}: {why}; leave it out",
             )
-        if (misfit := method.check_length(train.steps)) is not None:
-            raise Misfit(f"method.{misfit[0]}", misfit[1])
-        if (bare := method.restarts(train.steps)) and not self.restarts():
-            left = train.steps - bare[0]
-            raise Misfit(
-                "schedule.rewarm_steps",
-                f"{self.schedule.rewarm_steps} is longer than the {left} steps that follow the first restart (step "
-                f"{bare[0]} of {train.steps}), so that none would be made; at most {left} fit",
-            )
-        self.multiplier()
+        self.check_method()
         return self
 
     def cautions(self) -> list[str]:
-        """What a user should know before this run, beside its figures."""
-        found = []
-        if self.pure and self.dtype != "fp32":
-            found.append(f"pure = true holds what trains in {self.dtype}, too: small updates are rounded away and lost")
+        found = super().cautions()
         stored = self.train.cache_storage
         if self.train.cache_hidden is not None and stored not in ("exact", self.dtype):
             found.append(
@@ -226,33 +292,3 @@ class PretrainConfig(Settings):
                 "first epoch as in later ones; exact keeps them as they are"
             )
         return found
-
-    def restarts(self) -> tuple[int, ...]:
-        """The completed-step counts after which the method restarts."""
-        return self.method.restarts(self.train.steps, self.schedule.rewarm_steps)
-
-    def multiplier(self) -> Schedule:
-        """The learning rate's multiplier of this run, from the same list of restarts that the method follows.
-
-        Raises:
-            Misfit: a warm-up or re-warm is longer than the stretch that it opens.
-        """
-        try:
-            return Schedule(
-                total_steps=self.train.steps,
-                shape=self.schedule.shape,
-                warmup_steps=self.schedule.warmup_steps,
-                floor=self.schedule.floor,
-                warm_start_steps=self.method.switch_step,
-                after_warm_start=self.schedule.after_warm_start,
-                restarts=self.restarts(),
-                rewarm_steps=self.schedule.rewarm_steps,
-                reference=self.schedule.reference,
-            )
-        except ConfigError as error:
-            # The schedule speaks of its own arguments; two of them are keys of this tree.
-            text = str(error)
-            for key in ("warmup_steps", "rewarm_steps"):
-                if text.startswith(f"{key} = "):
-                    raise Misfit(f"schedule.{key}", text.removeprefix(f"{key} = ")) from None
-            raise Misfit("schedule", text) from None

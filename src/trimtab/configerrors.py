@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,27 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from trimtab.config import Misfit, PretrainConfig
+from trimtab.config import Misfit
 from trimtab.methods import Method, registry
 from trimtab.settings import annotation_parts
+from trimtab.tasks import Task, tasks
+
+#: The sections whose settings are those of what their `name` names.
+_NAMED: dict[str, tuple[type[BaseModel], Callable[[], Mapping[str, type[BaseModel]]]]] = {
+    "method": (Method, registry),
+    "task": (Task, tasks),
+}
 
 Key = tuple[str | int, ...]
 Tree = dict[str, Any]
 
 
 class Origins:
-    """Where each key was written: a line of the file, or the command line."""
+    """Where each key of a tree was written: a line of the file, or the command line. `root` is the tree's class."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, root: type[BaseModel]) -> None:
         self.path = path
+        self.root = root
         self._places: dict[Key, str] = {}
 
     @property
@@ -54,10 +62,11 @@ def section_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def field_section(annotation: Any, value: Any) -> type[BaseModel] | None:
-    """The settings class that a section's value will be read by; for a method, by its name."""
+    """The settings class that a section's value will be read by; for a method or a task, by its name."""
     kind = section_model(annotation)
-    if kind is Method:
-        return registry().get(str(value.get("name"))) if isinstance(value, dict) else None
+    for base, known in _NAMED.values():
+        if kind is base:
+            return known().get(str(value.get("name"))) if isinstance(value, dict) else None
     return kind
 
 
@@ -68,7 +77,7 @@ def describe(error: ValidationError, tree: Tree, origins: Origins) -> str:
     for detail in error.errors(include_url=False):
         if _is_other_branch(detail, tree):
             continue
-        key, rank, text, instead_of = _explain(detail, tree)
+        key, rank, text, instead_of = _explain(detail, tree, origins.root)
         if instead_of is not None:
             excused.add(instead_of)
         if key not in found or rank < found[key][0]:
@@ -80,13 +89,13 @@ def describe(error: ValidationError, tree: Tree, origins: Origins) -> str:
     return f"{origins.of(first)}: {dotted(first)}: {one_line(found[first][1])}{more}"
 
 
-def _explain(detail: ErrorDetails, tree: Tree) -> tuple[Key, int, str, Key | None]:
+def _explain(detail: ErrorDetails, tree: Tree, root: type[BaseModel]) -> tuple[Key, int, str, Key | None]:
     """Key, rank (0 comes first), text, and the key whose absence this mistake explains."""
     kind, value = detail["type"], detail["input"]
     context = detail.get("ctx", {})
     key = _clean(detail["loc"])
     if kind == "extra_forbidden":
-        text, nearest = _unknown_key(key, tree)
+        text, nearest = _unknown_key(key, tree, root)
         return key, 0, text, None if nearest is None else (*key[:-1], nearest)
     if kind == "missing":
         return key, 3, "is missing; it has no default", None
@@ -95,70 +104,62 @@ def _explain(detail: ErrorDetails, tree: Tree) -> tuple[Key, int, str, Key | Non
         if isinstance(cause, Misfit):
             return (*key, *cause.key.split(".")), 2, cause.message, None
         text = str(cause)
-        if key == ("method",):
-            return _explain_method(tree.get("method"), text)
+        if len(key) == 1 and key[0] in _NAMED:
+            return _explain_named(str(key[0]), tree.get(str(key[0])), text)
         return key, 1, text, None
     custom = detail["msg"].startswith("is ")  # a method's own words
     return key, 1, f"{shown(value)} {detail['msg'] if custom else _requirement(kind, context, value)}", None
 
 
-def _explain_method(section: Any, text: str) -> tuple[Key, int, str, Key | None]:
-    names = sorted(registry())
+def _explain_named(what: str, section: Any, text: str) -> tuple[Key, int, str, Key | None]:
+    names = sorted(_NAMED[what][1]())
     if not isinstance(section, dict):
-        return (
-            ("method",),
-            1,
-            f"{shown(section)} is not a section; write `method:` and below it `name: {names[-1]}`",
-            None,
-        )
+        return (what,), 1, f"{shown(section)} is not a section; write `{what}:` and below it `name: {names[-1]}`", None
     if "name" not in section:
-        return ("method", "name"), 1, f"is missing; the methods are {', '.join(names)}", None
+        return (what, "name"), 1, f"is missing; the {what}s are {', '.join(names)}", None
     if section["name"] in names:
-        return ("method",), 1, text, None
+        return (what,), 1, text, None
     near = _nearest(str(section["name"]), names)
     hint = f"did you mean {near}? " if near else ""
-    return (
-        ("method", "name"),
-        1,
-        f"no method is called {shown(section['name'])}; {hint}The methods are {', '.join(names)}",
-        None,
-    )
+    said = f"no {what} is called {shown(section['name'])}; {hint}The {what}s are {', '.join(names)}"
+    return (what, "name"), 1, said, None
 
 
-def _unknown_key(key: Key, tree: Tree) -> tuple[str, str | None]:
+def _unknown_key(key: Key, tree: Tree, root: type[BaseModel]) -> tuple[str, str | None]:
     """What to say of a key that its section does not have, and the key that was meant, if one is near."""
-    name, section = str(key[-1]), _fields_at(key[:-1], tree)
-    if key[0] == "method" and len(key) == 2:
-        method = tree["method"]["name"]
-        elsewhere = [other for other, cls in sorted(registry().items()) if name in cls.model_fields]
+    name, section, what = str(key[-1]), _fields_at(key[:-1], tree, root), str(key[0])
+    named = what in _NAMED and len(key) > 1
+    if named and len(key) == 2:
+        chosen = tree[what]["name"]
+        elsewhere = [other for other, cls in sorted(_NAMED[what][1]().items()) if name in cls.model_fields]
         if elsewhere:
-            rest = {k: v for k, v in tree["method"].items() if k in section}
+            rest = {k: v for k, v in tree[what].items() if k in section}
             flow = yaml.safe_dump(rest, default_flow_style=True, sort_keys=False, width=10_000).strip()
             return (
-                f"is a setting of {', '.join(elsewhere)}, and method.name is {method}; leave it out, or replace the "
-                f"whole section on the command line: 'method={flow}'",
+                f"is a setting of {', '.join(elsewhere)}, and {what}.name is {chosen}; leave it out, or replace the "
+                f"whole section on the command line: '{what}={flow}'",
                 None,
             )
     near = _nearest(name, section)
-    place = f"the method {tree['method']['name']}" if key[0] == "method" else dotted(key[:-1]) or "a config"
+    place = f"the {what} {tree[what]['name']}" if named else dotted(key[:-1]) or "a config"
     if near is not None:
         return f"unknown key; did you mean {dotted((*key[:-1], near))}?", near
-    for outer, field in PretrainConfig.model_fields.items():
+    for outer, field in root.model_fields.items():
         kind = section_model(field.annotation)
         if kind is not None and name in kind.model_fields:
             return f"unknown key; did you mean {outer}.{name}?", None
     return f"unknown key; {place} has {', '.join(section)}", None
 
 
-def _fields_at(key: Key, tree: Tree) -> list[str]:
+def _fields_at(key: Key, tree: Tree, root: type[BaseModel]) -> list[str]:
     """The names of the keys that the section at `key` can have."""
-    model: type[BaseModel] = PretrainConfig
+    model = root
     for part in key:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
-        if part == "method" and annotation is not None:
-            model = registry()[tree["method"]["name"]]
+        if model is root and part in _NAMED:
+            model = _NAMED[part][1]()[tree[part]["name"]]
             continue
         kinds = [kind for kind in map(section_model, annotation_parts(annotation)) if kind is not None]
         model = kinds[0]

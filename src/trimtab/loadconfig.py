@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.resolver import BaseResolver
 
-from trimtab.config import PretrainConfig
+from trimtab.config import PretrainConfig, RunConfig
 from trimtab.configerrors import (
     Key,
     Origins,
@@ -30,6 +30,8 @@ from trimtab.configerrors import (
 )
 from trimtab.errors import ConfigError
 from trimtab.settings import annotation_parts
+
+Config = TypeVar("Config", bound=RunConfig)
 
 _FLOAT = re.compile(
     r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|nan))$"
@@ -69,9 +71,15 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Read the configuration of a pre-training run; see `load_tree`."""
+    return load_tree(PretrainConfig, path, overrides)
+
+
+def load_tree(kind: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a run's configuration.
 
     Args:
+        kind: of configuration.
         path: a YAML file; None when everything stands in `overrides`.
         overrides: words `section.key=value`, applied in order over the file; a value is read as YAML, so
             that `data.sources=[a.txt, b.txt]` is a list and `optim.warm_start_lr=null` takes a default.
@@ -79,20 +87,20 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> PretrainCon
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong; the message is one line.
     """
-    origins = Origins(path)
+    origins = Origins(path, kind)
     tree: Tree = {} if path is None else _read_yaml(path, origins)
     for word in overrides:
         _apply(tree, word, origins)
-    _empty_sections(tree, PretrainConfig)
-    for key, value in _switches_as_numbers(tree, PretrainConfig):
+    _empty_sections(tree, kind)
+    for key, value in _switches_as_numbers(tree, kind):
         raise ConfigError(f"{origins.of(key)}: {dotted(key)}: {shown(value)} is not a number")
     try:
-        return PretrainConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(describe(error, tree, origins)) from None
 
 
-def dump_config(config: PretrainConfig) -> str:
+def dump_config(config: RunConfig) -> str:
     """The whole tree as YAML, defaults included, which `load_config` reads back to an equal config."""
     tree = config.model_dump(mode="json")
     for plain in (True, False):
@@ -156,7 +164,7 @@ def _read_yaml(path: Path, origins: Origins) -> Tree:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     value = _parse(text, str(path), origins)
     if value is None:
-        raise ConfigError(f"{path}: is empty; a config needs at least the sections {_required_sections()}")
+        raise ConfigError(f"{path}: is empty; a config needs at least the sections {_required_sections(origins.root)}")
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold sections such as `train:` with keys below them, not {shown(value)}")
     return value
@@ -244,8 +252,8 @@ def _empty_sections(tree: Tree, model: type[BaseModel]) -> None:
             _empty_sections(tree[name], kind)
 
 
-def _required_sections() -> str:
-    return ", ".join(name for name, field in PretrainConfig.model_fields.items() if field.is_required())
+def _required_sections(kind: type[BaseModel]) -> str:
+    return ", ".join(name for name, field in kind.model_fields.items() if field.is_required())
 
 
 def _switches_as_numbers(section: Tree, model: type[BaseModel], key: Key = ()) -> Iterator[tuple[Key, bool]]:
