@@ -6,26 +6,32 @@ Heavy libraries are imported inside the commands, so that a help page comes at o
 from __future__ import annotations
 
 import io
-import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from typer.core import TyperCommand
 
 from trimtab import __version__
 from trimtab.clierrors import INTERRUPTED, USER_ERROR, Fault, one_line_errors
 from trimtab.cliexport import EXPORT, MERGE, ExportCommand, MergeCommand, export, merge
-from trimtab.errors import CheckpointError, ConfigError
+from trimtab.clifinetune import FINETUNE, finetune
+from trimtab.cliparts import (
+    RunCommand,
+    Words,
+    config_of,
+    interrupted,
+    note_interrupt,
+    open_console,
+    split_words,
+    to_nowhere,
+)
+from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from trimtab.config import PretrainConfig
 
 # The classes of typer's errors, by way of the one that typer exports: where they live differs by version.
@@ -139,16 +145,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-# Its help stands in each command's own text, which explains the two kinds of words.
-Words = Annotated[list[str] | None, typer.Argument(hidden=True)]
-
-
-class _Command(TyperCommand):
-    """A command whose usage line names its two kinds of words."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return ["[CONFIG.yaml]", "[section.key=value ...]", "[OPTIONS]"]
-
 
 @app.callback(invoke_without_command=True, help=_MANUAL)
 def _root(
@@ -163,7 +159,7 @@ def _root(
         raise typer.Exit(0)
 
 
-@app.command(cls=_Command, help=_PRETRAIN, short_help="Pre-train a causal language model.")
+@app.command(cls=RunCommand, help=_PRETRAIN, short_help="Pre-train a causal language model.")
 @one_line_errors
 def pretrain(
     words: Words = None,
@@ -188,11 +184,11 @@ def pretrain(
     """Train; the help text above is what a user reads."""
     from trimtab.loadconfig import unused_settings
 
-    path, overrides = _split(words or [])
+    path, overrides = split_words(words or [])
     if resume is not None and path is None:
-        path = _config_of(resume)
+        path = config_of(resume)
     config = _load(path, overrides)
-    console = _console()
+    console = open_console()
     if dry_run:
         from trimtab.dryrun import dry_run as show
 
@@ -200,24 +196,24 @@ def pretrain(
         return 0
     from trimtab.train.run import pretrain as train
 
-    if _interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
+    if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
         raise KeyboardInterrupt
     for note in unused_settings(config):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     return int(train(config, resume=resume, console=console).exit_status)
 
 
-@app.command(cls=_Command, help=_TOKENIZE, short_help="Turn text into a store of tokens.")
+@app.command(cls=RunCommand, help=_TOKENIZE, short_help="Turn text into a store of tokens.")
 @one_line_errors
 def tokenize(words: Words = None) -> int:
     """Make the store; the help text above is what a user reads."""
-    path, overrides = _split(words or [])
+    path, overrides = split_words(words or [])
     config = _load(path, overrides)
     from trimtab.data.tokens import build_store, store_folder
     from trimtab.report.tokenbar import token_bar
 
     folder = store_folder(config.data, config.seed, config.out)
-    with token_bar(_console()) as progress:
+    with token_bar(open_console()) as progress:
         store = build_store(config.data, config.seed, folder, progress)
     typer.echo(
         f"{store.folder}: {store.train.n_tokens:,} training tokens, {store.validation.n_tokens:,} validation tokens, "
@@ -226,21 +222,11 @@ def tokenize(words: Words = None) -> int:
     return 0
 
 
+app.command(cls=RunCommand, help=FINETUNE, short_help="Fine-tune a checkpoint for a task.")(finetune)
 app.command(cls=MergeCommand, help=MERGE, short_help="Merge an adapter into a checkpoint, file by file.")(merge)
 app.command(cls=ExportCommand, help=EXPORT, short_help="Write an update as a LoRA, or a model or LoRA for llama.cpp.")(
     export
 )
-
-
-def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The config file, if a word names one, and the overrides."""
-    files = [word for word in words if "=" not in word or Path(word).is_file()]
-    if len(files) > 1:
-        for word in files:
-            if not Path(word).exists():
-                raise ConfigError(f"command line: {word}: is no file, and a setting is written {word}=value")
-        raise ConfigError(f"command line: one config file is read, and {len(files)} are given: {', '.join(files)}")
-    return (Path(files[0]) if files else None), [word for word in words if word not in files]
 
 
 def _load(path: Path | None, overrides: list[str]) -> PretrainConfig:
@@ -249,46 +235,6 @@ def _load(path: Path | None, overrides: list[str]) -> PretrainConfig:
     if path is None and not overrides:
         raise ConfigError("command line: no config file is given; name one, such as examples/demo.yaml")
     return load_config(path, overrides)
-
-
-def _config_of(run: Path) -> Path:
-    """The configuration in a run folder."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        what = "holds no config.yaml, so it is no run folder" if run.is_dir() else "there is no such folder"
-        if run.is_file():
-            what = f"is a file; give the run's folder, {run.parent}"
-        raise CheckpointError(f"--resume {run}: {what}")
-    return path
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    class QuietOnBrokenPipe(Console):
-        """When nobody reads the output any more, it falls silent; a training must not end for that."""
-
-        def on_broken_pipe(self) -> None:
-            self.quiet = True
-            _to_nowhere()
-
-    return QuietOnBrokenPipe()
-
-
-def _to_nowhere() -> None:
-    """Let standard output go nowhere, so that flushing it at the end cannot fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-
-
-#: Signals that came before the training took them over.
-_interrupted: list[int] = []
-
-
-def _note_interrupt(number: int, frame: FrameType | None) -> None:
-    _interrupted.append(number)
-    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -301,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # a terminal without a character shows its number; nothing breaks
             stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _note_interrupt)
+        signal.signal(signal.SIGINT, note_interrupt)
     try:
         status = app(args=None if arguments is None else list(arguments), prog_name="trimtab", standalone_mode=False)
         sys.stdout.flush()
@@ -312,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except typer.Abort:
         status = INTERRUPTED
     except BrokenPipeError:
-        _to_nowhere()
+        to_nowhere()
         status = 0
     sys.exit(status or 0)
 

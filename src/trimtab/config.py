@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -175,6 +175,10 @@ class RunConfig(Settings, abc.ABC):
     def stop_at(self) -> int | None:
         """Completed steps after which to stop, without any effect on the schedule."""
 
+    @abc.abstractmethod
+    def without_stop(self) -> Self:
+        """The same run, going on past `train.stop_at`."""
+
     def check_method(self) -> None:
         """Refuse settings of the method that do not go with the length of the run, or with checkpointing.
 
@@ -253,6 +257,9 @@ class PretrainConfig(RunConfig):
     @property
     def stop_at(self) -> int | None:
         return self.train.stop_at
+
+    def without_stop(self) -> Self:
+        return self.model_copy(update={"train": self.train.model_copy(update={"stop_at": None})})
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:

@@ -466,7 +466,7 @@ def test_a_folder_whose_run_never_took_a_step_is_used_again(
 
     asked = config(text, tmp_path, train__stop_at=2)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_start", full)
+        patch.setattr("trimtab.train.session.write_start", full)
         with pytest.raises(CheckpointError):
             pretrain(asked, console=quiet())
     assert (tmp_path / "a" / "config.yaml").exists()

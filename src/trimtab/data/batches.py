@@ -46,6 +46,11 @@ class Batch:
         """How many labels are scored."""
         return sum(self.valid_per_row)
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has; nothing in it is padding."""
+        return self.input_ids.numel()
+
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
@@ -157,6 +162,10 @@ class TrainBatches:
     def epoch(self, step: int) -> float:
         """How many times the data has been seen before 0-based `step` (that is, after `step` steps)."""
         return step * self._sequences / self.n_chunks
+
+    def tokens(self, step: int) -> int:
+        """How many tokens this rank's share of the steps before 0-based `step` has."""
+        return step * self._share * self._seq_len
 
 
 def validation_batches(

@@ -145,6 +145,10 @@ class Method(Settings, abc.ABC, metaclass=OneLine):
         """This config with the defaults that hold in pre-training filled in."""
         return self
 
+    def for_finetuning(self, seed: int, *, new_head: bool) -> Method:
+        """This config with the defaults that hold in fine-tuning filled in: a new head trains."""
+        return self
+
 
 class Adapter(abc.ABC):
     """A method at work on a model.

@@ -88,6 +88,9 @@ class Beside(Method):
     def for_pretraining(self, seed: int) -> Self:
         return self.model_copy(update={"seed": seed if self.seed is None else self.seed})
 
+    def for_finetuning(self, seed: int, *, new_head: bool) -> Self:
+        return self.for_pretraining(seed)
+
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> Self | None:
         if cls.abstract or saved.get("peft_type") != cls.file_type:

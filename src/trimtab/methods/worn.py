@@ -40,7 +40,7 @@ class FrozenBase(Method):
 
     Args:
         train_also: what trains in full beside the adapter; None means nothing in `attach`, and
-            embeddings, norms and head in `pretrain`.
+            embeddings, norms and head in `pretrain`, and a new head in `finetune`.
         seed: of what is drawn at the start; None is 0 in `attach`, and the run's seed in `pretrain`.
     """
 
@@ -61,6 +61,15 @@ class FrozenBase(Method):
         return self.model_copy(
             update={
                 "train_also": tuple(ROLES) if self.train_also is None else self.train_also,
+                "seed": seed if self.seed is None else self.seed,
+            }
+        )
+
+    def for_finetuning(self, seed: int, *, new_head: bool) -> FrozenBase:
+        also: tuple[Role, ...] | None = ("head",) if new_head else None
+        return self.model_copy(
+            update={
+                "train_also": also if self.train_also is None else self.train_also,
                 "seed": seed if self.seed is None else self.seed,
             }
         )

@@ -59,7 +59,7 @@ def build_model(
         model = _load(config.name)
         _check_causal(config.name, model)
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return model
 
 
@@ -87,7 +87,7 @@ def shadow_model(config: ModelConfig, *, vocab_size: int, seq_len: int, offline:
         raise _not_causal(config.name, hf, error) from None
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Keep a block's input alone, and compute the block again in the backward pass."""
     how = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # what later releases of transformers 5 call it
@@ -150,28 +150,50 @@ def _check_name(name: str, folder: Path) -> None:
         raise ConfigError(f"model.name: no preset is called {name!r}; {hint} presets are {', '.join(PRESETS)}")
 
 
-@quiet_libraries()
 def _load(name: str) -> PreTrainedModel:
-    folder = Path(name).expanduser()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder) if folder.is_dir() else name,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        model, missing = load_with(AutoModelForCausalLM, name)
     except ValueError as error:
         raise _not_causal(name, read_config(name), error) from None
-    except Exception as error:  # torn files and wrong shapes raise whatever safetensors and transformers raise
-        raise _unreadable(name, folder, error) from error
-    missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise ConfigError(
             f"model.name: {name} lacks {len(missing)} of the model's tensors, {missing[0]} first; "
             "it is not a whole causal language model"
         )
     return model
+
+
+@quiet_libraries()
+def load_with(kind: Any, name: str, **settings: Any) -> tuple[Any, list[str]]:
+    """A checkpoint by one of transformers' auto classes, in fp32, and the names of the tensors that it lacks.
+
+    Those that it has in another shape count, where `settings` let such pass.
+
+    Args:
+        kind: the auto class.
+        name: a folder or hub name.
+        settings: changes of its config.
+
+    Raises:
+        ConfigError: it cannot be reached or read.
+        ValueError: there is no such model for the class, as transformers says it.
+    """
+    folder = Path(name).expanduser()
+    try:
+        model, info = kind.from_pretrained(
+            str(folder) if folder.is_dir() else name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **settings,
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # torn files and wrong shapes raise whatever safetensors and transformers raise
+        raise _unreadable(name, folder, error) from error
+    mismatched = (entry[0] for entry in info.get("mismatched_keys", ()))
+    return model, sorted({*info.get("missing_keys", ()), *mismatched})
 
 
 def _check_fit(name: str, hf: Any, vocab_size: int, seq_len: int) -> None:

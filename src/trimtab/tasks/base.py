@@ -151,6 +151,11 @@ class Task(Settings, abc.ABC):
         """The label that a model wrote, or None where it is none (such answers count as wrong)."""
         raise ConfigError(f"task.name = {self.name}: has no labels to be written as words")
 
+    @property
+    def decoding(self) -> Mapping[str, Any]:
+        """How answers are searched: settings of transformers' `generate`; none is greedy."""
+        return {}
+
     @abc.abstractmethod
     def score(self, split: str, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
         """The task's own metrics over one split; empty where the loss alone tells (`Chat`, `Plain`).

@@ -73,6 +73,7 @@ class Checkpointer:
         keep: how many of the newest complete checkpoints stay.
         extra: further JSON values to store (what identifies the data, for one).
         damaged: names of folders that are known to be damaged and do not count as kept.
+        pinned: the step of one that stays, however old.
     """
 
     folder: Path
@@ -84,6 +85,7 @@ class Checkpointer:
     extra: Mapping[str, Any] = field(default_factory=dict)
     damaged: frozenset[str] = frozenset()
     last: Path | None = None
+    pinned: int | None = None
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` completed steps lies."""
@@ -157,7 +159,7 @@ class Checkpointer:
         good = [n for n, path in steps if path.name not in self.damaged]
         oldest = good[-self.keep :][0]
         for n, path in steps:
-            if n < oldest:
+            if n < oldest and n != self.pinned:
                 shutil.rmtree(path, ignore_errors=True)
 
 

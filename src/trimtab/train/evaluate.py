@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import DataError
+from trimtab.train.objective import eval_mode
 
 if TYPE_CHECKING:
     from trimtab.data.batches import Batch
@@ -57,20 +58,14 @@ def evaluate(
     Raises:
         DataError: there is no scored token, or no text under the scored ones.
     """
-    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     tokens = text_bytes = 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch, size in batches:
-                total += objective(batch.to(device)).double()
-                tokens += batch.n_valid
-                text_bytes += size
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with eval_mode(model), torch.no_grad():
+        for batch, size in batches:
+            total += objective(batch.to(device)).double()
+            tokens += batch.n_valid
+            text_bytes += size
     if tokens == 0 or text_bytes == 0:
         raise DataError(
             f"the validation part has {tokens} scored tokens over {text_bytes} bytes of text; "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,23 +22,47 @@ from torch.optim import Optimizer
 from trimtab.errors import NonFiniteError
 from trimtab.methods.base import Adapter
 from trimtab.optim.schedule import Schedule
-from trimtab.train.evaluate import EvalResult
 from trimtab.train.signals import StopSignals
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trimtab.data.batches import Batch
+
+class PartOf(Protocol):
+    """A micro-batch; what else the loss reads of it is between the two."""
+
+    def __len__(self) -> int: ...
+    def to(self, device: torch.device | str) -> PartOf: ...
+
+
+class StepOf(Protocol):
+    """The batch of a step: how many examples, scored items and tokens (without padding) it has, and its parts."""
+
+    @property
+    def n_valid(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    def __len__(self) -> int: ...
+    def split(self, micro: int) -> Iterator[PartOf]: ...
+
+
+class Evaluation(Protocol):
+    """Figures of an evaluation, as a record of the log."""
+
+    def record(self) -> dict[str, Any]: ...
 
 
 class Batches(Protocol):
     """The global batch as a pure function of the step."""
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> StepOf:
         """The batch of the step with 0-based index `step`."""
 
     def epoch(self, step: int) -> float:
         """How often the training part was seen before that step."""
+
+    def tokens(self, step: int) -> int:
+        """How many tokens, without padding, the steps before that one have."""
 
 
 class Saver(Protocol):
@@ -71,7 +95,9 @@ class Training:
         clip: bound of the gradient's norm over all trained tensors, or None.
         stop_at: completed steps after which to stop, without any effect on the schedule; None for the end.
         eval_every, checkpoint_every: steps between two; 0 for none before the end.
-        evaluate: the figures on the validation part, or None when there is none to take.
+        evaluate: the figures after so many completed steps, or None when there is nothing to take them of.
+        evaluated: called with what `evaluate` gave, after it is in the log.
+        enough: asked between two steps; True ends the training there.
         trainable_changed: called with the completed steps after the set of trained tensors changed.
     """
 
@@ -79,7 +105,7 @@ class Training:
     adapter: Adapter
     optimizer: Optimizer
     schedule: Schedule
-    objective: Callable[[Batch], Tensor]
+    objective: Callable[[Any], Tensor]
     batches: Batches
     saver: Saver
     log: Log
@@ -91,7 +117,9 @@ class Training:
     stop_at: int | None = None
     eval_every: int = 0
     checkpoint_every: int = 0
-    evaluate: Callable[[], EvalResult] | None = None
+    evaluate: Callable[[int], Evaluation] | None = None
+    evaluated: Callable[[int, Any], None] = lambda step, found: None
+    enough: Callable[[], bool] = lambda: False
     trainable_changed: Callable[[int], None] = lambda step: None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -115,7 +143,7 @@ def train(run: Training, start: int = 0) -> int:
     step, saved = start, start if run.saver.last is not None else None
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
-    while step < end and run.signals.name is None:
+    while step < end and run.signals.name is None and not run.enough():
         began = time.perf_counter()
         rate = run.rate(step)
         for group in run.optimizer.param_groups:
@@ -134,7 +162,8 @@ def train(run: Training, start: int = 0) -> int:
                 "loss": loss,
                 "lr": rate,
                 "grad_norm": norm,
-                "batch_tokens": batch.input_ids.numel(),
+                "batch_tokens": batch.tokens,
+                "tokens": run.batches.tokens(step),
                 "seconds": time.perf_counter() - began,
                 "epoch": run.batches.epoch(step),
             }
@@ -144,7 +173,9 @@ def train(run: Training, start: int = 0) -> int:
         if report.trainable_changed:
             run.trainable_changed(step)
         if due(step, run.eval_every) and step < total and run.evaluate is not None:
-            run.log.event({"event": "eval", "step": step, **run.evaluate().record()})
+            found = run.evaluate(step)
+            run.log.event({"event": "eval", "step": step, **found.record()})
+            run.evaluated(step, found)
         if due(step, run.checkpoint_every):
             saved = save(run, step)
     if saved != step:
@@ -164,14 +195,14 @@ def save(run: Training, step: int) -> int:
     return step
 
 
-def forward_backward(run: Training, batch: Batch) -> Tensor:
+def forward_backward(run: Training, batch: StepOf) -> Tensor:
     """Add the gradient of the mean token loss of `batch` to the parameters; return the loss's sum in nats.
 
     Each micro-batch's sum is divided by the number of valid tokens of the whole batch, so neither the size
     of a micro-batch nor an uneven spread of valid tokens changes the result. A method's extra term has the
     weight of the micro-batch's share of the sequences: together one, however many there are.
     """
-    sequences = batch.input_ids.shape[0]
+    sequences = len(batch)
     valid = max(batch.n_valid, 1)
     nats = torch.zeros((), device=run.device)
     for part in batch.split(run.micro_batch or sequences):
@@ -179,7 +210,7 @@ def forward_backward(run: Training, batch: Batch) -> Tensor:
         loss = part_nats / valid
         extra = run.adapter.extra_loss()
         if extra is not None:
-            loss = loss + extra * (part.input_ids.shape[0] / sequences)
+            loss = loss + extra * (len(part) / sequences)
         torch.autograd.backward(loss)
         nats += part_nats.detach()
     return nats

@@ -129,7 +129,7 @@ class RunLog:
         logged = record["step"] % self._every == 0 or record["step"] == self._last
         self._progress.step(record["step"], record["loss"], record["lr"], speed, seconds, logged=logged)
         if logged:
-            self._write({**record, "tokens": record["step"] * tokens, "tokens_per_second": speed})
+            self._write({**record, "tokens_per_second": speed})
             self._interval = (0, 0.0)
 
     def event(self, record: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ class Objective:
             return
         short = _Short(batch, _CHECK_TOKENS)
         devices = [short.labels.device] if short.labels.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), _eval_mode(self.model):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), eval_mode(self.model):
             hidden = self._hidden(short)
             logits = self._logits(short).float()
             targets = short.input_ids if short.decoder_input_ids is None else short.decoder_input_ids
@@ -267,7 +267,7 @@ def _logit_settings(model: Any) -> tuple[float | None, float]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards each module's own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from trimtab.config import PretrainConfig
+from trimtab.config import RunConfig
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.train.checkpoint import Checkpoint
+
+Config = TypeVar("Config", bound=RunConfig)
 
 #: Settings (or whole sections) that may change: they touch the future alone, or nothing that is computed.
 FREE = (
     "optim.lr", "optim.warm_start_lr", "schedule.floor", "train.steps", "train.stop_at",
-    "eval", "checkpoint", "log", "data.workers", "data.store",
+    "eval", "checkpoint", "log", "save", "data.workers", "data.store",
 )  # fmt: skip
 
 #: Settings that change how the same numbers are computed: the continuation is right, but no longer bit for bit.
@@ -42,7 +44,7 @@ def _under(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def continued(config: PretrainConfig, checkpoint: Checkpoint) -> tuple[PretrainConfig, list[str]]:
+def continued(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[str]]:
     """The configuration to continue with, and notes on it for the user.
 
     Args:
@@ -55,7 +57,7 @@ def continued(config: PretrainConfig, checkpoint: Checkpoint) -> tuple[PretrainC
         CheckpointError: another version, whose settings are not known here, wrote the checkpoint.
     """
     try:
-        old = PretrainConfig.model_validate(checkpoint.config)
+        old = type(config).model_validate(checkpoint.config)
     except ValidationError as error:
         raise CheckpointError(
             f"{checkpoint.path} was written under settings that this version does not know "
@@ -79,25 +81,25 @@ def continued(config: PretrainConfig, checkpoint: Checkpoint) -> tuple[PretrainC
                 f"make it wrong; leave it, or start a new run under another name"
             )
     _restarts_agree(old, config, checkpoint.step)
-    stop = config.train.stop_at
-    if stop is not None and stop <= checkpoint.step and config.train.steps > checkpoint.step:
+    stop = config.stop_at
+    if stop is not None and stop <= checkpoint.step and config.total_steps > checkpoint.step:
         if "train.stop_at" in changed:
             raise ConfigError(f"train.stop_at = {stop} is not after step {checkpoint.step}, where the run stands")
-        config = config.model_copy(update={"train": config.train.model_copy(update={"stop_at": None})})
-        notes.append(f"train.stop_at = {stop} was reached; the run goes on to step {config.train.steps}")
+        config = config.without_stop()
+        notes.append(f"train.stop_at = {stop} was reached; the run goes on to step {config.total_steps}")
     return config, notes
 
 
-def _restarts_agree(old: PretrainConfig, new: PretrainConfig, step: int) -> None:
+def _restarts_agree(old: RunConfig, new: RunConfig, step: int) -> None:
     """The completed steps must hold the same restarts under both configurations."""
-    if new.train.steps < step:
-        raise ConfigError(f"train.steps = {new.train.steps} is less than the {step} steps that the run has completed")
-    lists = [c.method.restarts(c.train.steps, c.schedule.rewarm_steps) for c in (old, new)]
+    if new.total_steps < step:
+        raise ConfigError(f"train.steps = {new.total_steps} is less than the {step} steps that the run has completed")
+    lists = [c.method.restarts(c.total_steps, c.schedule.rewarm_steps) for c in (old, new)]
     done, wanted = ([n for n in restarts if n <= step] for restarts in lists)
     if done != wanted and wanted != [*done, step]:  # one at the step where the run stands is made up for
         at = sorted(set(done) ^ set(wanted))[0]
         what = "happened in this run" if at in done else "did not happen in this run"
         raise ConfigError(
-            f"train.steps: {old.train.steps} became {new.train.steps}, which moves the list of restarts: the one after "
+            f"train.steps: {old.total_steps} became {new.total_steps}, which moves the list of restarts: the one after "
             f"step {at} {what}, so its {step} completed steps do not belong to the new list; choose another train.steps"
         )

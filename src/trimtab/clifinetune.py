@@ -1,0 +1,83 @@
+"""`trimtab finetune`: parse, call, print. What it does is done in `trimtab.train.finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.clierrors import one_line_errors
+from trimtab.cliparts import Words, config_of, interrupted, open_console, split_words
+from trimtab.errors import ConfigError
+
+FINETUNE = """Fine-tune a Hugging Face checkpoint for a task, with any method.
+
+The task's examples become tokens; then the model trains, is scored on the task's own metric after each epoch (or every
+eval.every steps), and the best step is kept. At the end the adapter is saved, or the merged model, and a report is
+written.
+
+\b
+ARGUMENTS
+  CONFIG.yaml        the run's configuration; it may be left out if the words give all that is
+                     needed, or with --resume
+  section.key=value  changes one setting, after the file: train.epochs=5, model.name=roberta-base,
+                     'task={name: classification, train: a.csv, validation: b.csv}'. A value is
+                     YAML; quote it for your shell if it has blanks or braces.
+
+\b
+EXAMPLES
+  trimtab finetune run.yaml
+  trimtab finetune run.yaml 'method={name: lora, rank: 8}' optim.lr=3e-4 name=lora
+  trimtab finetune run.yaml eval.every=100 eval.patience=5
+  trimtab finetune --resume runs/lora
+
+\b
+FILES
+  runs/NAME/config.yaml     the resolved configuration; it repeats the run
+  runs/NAME/metrics.jsonl   one JSON object a logged step; evaluations are events in it
+  runs/NAME/checkpoints/    the newest ones, and the best one
+  runs/NAME/adapter/        the adapter, for trimtab.load_adapter (and PEFT, where it knows the
+                            method); with save=merged or save=both
+  runs/NAME/model/          the merged model and its tokenizer, for transformers
+  runs/NAME/results.json    the scores of what was saved; answers-SPLIT.jsonl has what it wrote
+  runs/NAME/report.html     curves, schedule, memory, spectrum of the update; needs no network
+
+\b
+EXIT STATUS
+  0    the run is complete, or stopped at train.stop_at
+  1    a fault of the program, with a traceback; please report it
+  2    something is wrong that you can mend: one line on standard error says what
+  130  Ctrl-C, after a last checkpoint (a second Ctrl-C leaves at once)
+  143  SIGTERM, after a last checkpoint
+"""
+
+
+@one_line_errors
+def finetune(
+    words: Words = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Go on with the run in this folder from its newest complete checkpoint, bit for bit. Without a "
+            "CONFIG.yaml its own is used.",
+        ),
+    ] = None,
+) -> int:
+    """Train; the help text above is what a user reads."""
+    from trimtab.finetuneconfig import FinetuneConfig
+    from trimtab.loadconfig import load_tree
+
+    path, overrides = split_words(words or [])
+    if resume is not None and path is None:
+        path = config_of(resume)
+    if path is None and not overrides:
+        raise ConfigError("command line: no config file is given; name one, such as examples/finetune-reviews.yaml")
+    config = load_tree(FinetuneConfig, path, overrides)
+    from trimtab.train.finetune import finetune as train
+
+    if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
+        raise KeyboardInterrupt
+    return int(train(config, resume=resume, console=open_console()).exit_status)

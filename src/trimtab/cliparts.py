@@ -1,0 +1,81 @@
+"""What the commands of a run share: their words, their console, and a signal that came too early."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from trimtab.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Its help stands in each command's own text, which explains the two kinds of words.
+Words = Annotated[list[str] | None, typer.Argument(hidden=True)]
+
+
+class RunCommand(TyperCommand):
+    """A command whose usage line names its two kinds of words."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[CONFIG.yaml]", "[section.key=value ...]", "[OPTIONS]"]
+
+
+def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The config file, if a word names one, and the overrides."""
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    if len(files) > 1:
+        for word in files:
+            if not Path(word).exists():
+                raise ConfigError(f"command line: {word}: is no file, and a setting is written {word}=value")
+        raise ConfigError(f"command line: one config file is read, and {len(files)} are given: {', '.join(files)}")
+    return (Path(files[0]) if files else None), [word for word in words if word not in files]
+
+
+def config_of(run: Path) -> Path:
+    """The configuration in a run folder."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        what = "holds no config.yaml, so it is no run folder" if run.is_dir() else "there is no such folder"
+        if run.is_file():
+            what = f"is a file; give the run's folder, {run.parent}"
+        raise CheckpointError(f"--resume {run}: {what}")
+    return path
+
+
+def open_console() -> Console:
+    """Standard output, which nobody needs to read to its end."""
+    from rich.console import Console
+
+    class QuietOnBrokenPipe(Console):
+        """When nobody reads the output any more, it falls silent; a training must not end for that."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            to_nowhere()
+
+    return QuietOnBrokenPipe()
+
+
+def to_nowhere() -> None:
+    """Let standard output go nowhere, so that flushing it at the end cannot fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+#: Signals that came before the training took them over.
+interrupted: list[int] = []
+
+
+def note_interrupt(number: int, frame: FrameType | None) -> None:
+    """Take a signal before a run does."""
+    interrupted.append(number)
+    raise KeyboardInterrupt

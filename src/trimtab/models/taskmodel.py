@@ -1,0 +1,184 @@
+"""Checkpoints for a task: which kind of model reads it how, the model itself, and its tokenizer.
+
+Files are read as safetensors alone, and no code that came with a model is ever run (see `models.load`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from trimtab.errors import ConfigError, DataError
+from trimtab.finetuneconfig import TaskModelConfig
+from trimtab.models.load import checkpoint_activations, load_with, read_config
+from trimtab.quiet import quiet_libraries
+from trimtab.tasks.base import Form
+from trimtab.tasks.encode import Reading
+
+Family = Literal["encoder", "causal", "pair"]
+
+
+def family_of(hf: Any) -> Family:
+    """Whether a model writes, with a decoder alone or behind an encoder, or only reads.
+
+    Encoders such as BERT are among the causal models of transformers, too (as decoders for pairs); what has a masked
+    form and does not call itself a decoder is an encoder here.
+    """
+    if getattr(hf, "is_encoder_decoder", False):
+        return "pair"
+    kind = hf.model_type
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(hf, "is_decoder", False)
+    ):
+        return "causal"
+    return "encoder"
+
+
+def reading_of(config: TaskModelConfig, hf: Any, form: Form) -> Reading:
+    """How a model of this config reads the examples of a task.
+
+    Raises:
+        ConfigError: the model cannot do the task.
+    """
+    family = family_of(hf)
+    labelled = form in ("class", "number")
+    if labelled and (config.head == "classes" or (config.head == "auto" and family == "encoder")):
+        return "head"
+    if family == "encoder":
+        why = "with model.head = words it would have to write" if labelled else f"a task of form {form} is written"
+        raise ConfigError(
+            f"model.name: {config.name} is a {hf.model_type}, an encoder, which writes nothing, and {why}; "
+            "take a causal or an encoder-decoder model"
+        )
+    if config.head == "classes":
+        raise ConfigError(f"model.head = classes: the task has no labels (its form is {form}); set it to auto")
+    if family == "pair" and form in ("chat", "plain"):
+        raise ConfigError(
+            f"model.name: {config.name} is a {hf.model_type}, an encoder-decoder model, and a task of form {form} is "
+            "for causal models"
+        )
+    if family == "pair" and hf.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(f"model.name: {config.name} is a {hf.model_type}, which does not read text")
+    return "pair" if family == "pair" else "causal"
+
+
+def model_class(reading: Reading) -> Any:
+    """The auto class of transformers that builds such a model."""
+    return {
+        "head": AutoModelForSequenceClassification,
+        "causal": AutoModelForCausalLM,
+        "pair": AutoModelForSeq2SeqLM,
+    }[reading]
+
+
+def head_settings(reading: Reading, form: Form, labels: Sequence[str], pad_id: int | None = None) -> dict[str, Any]:
+    """What the config of a model with a new head says of it; nothing where there is none."""
+    if reading != "head":
+        return {}
+    settings: dict[str, Any] = {"num_labels": len(labels) or 1}
+    settings["problem_type"] = "single_label_classification" if form == "class" else "regression"
+    if labels:
+        settings |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
+    if pad_id is not None:
+        settings["pad_token_id"] = pad_id  # decoders look for their last token by it
+    return settings
+
+
+def build_task_model(config: TaskModelConfig, reading: Reading, settings: dict[str, Any], seed: int) -> PreTrainedModel:
+    """The model in fp32 on the CPU; a new head is drawn from `seed` by the model's own rules.
+
+    Raises:
+        ConfigError: there is no such model, it cannot be reached or read, or tensors beside the head are missing.
+    """
+    read_config(config.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            # A head that is there may be of other classes; then a new one takes its place.
+            model, missing = load_with(
+                model_class(reading), config.name, **settings, ignore_mismatched_sizes=reading == "head"
+            )
+        except ValueError as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise ConfigError(f"model.name: {config.name} cannot be built for this task: {first}") from error
+    base = f"{model.base_model_prefix}."
+    inside = [name for name in missing if reading != "head" or (name.startswith(base) and ".pooler." not in name)]
+    if inside:
+        raise ConfigError(
+            f"model.name: {config.name} lacks {len(inside)} of the model's tensors, {inside[0]} first; it is not a "
+            f"whole {model.config.model_type} checkpoint"
+        )
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def shadow_task_model(config: TaskModelConfig, hf: Any, reading: Reading, settings: dict[str, Any]) -> PreTrainedModel:
+    """The same model on the meta device: shapes without values."""
+    for name, value in settings.items():
+        setattr(hf, name, value)
+    with torch.device("meta"), quiet_libraries():
+        model: PreTrainedModel = model_class(reading).from_config(hf, trust_remote_code=False)
+    return model
+
+
+def task_tokenizer(config: TaskModelConfig) -> Any:
+    """The tokenizer of a checkpoint, with a token to pad with.
+
+    Raises:
+        DataError: there is none, it has no fast form, or no token that ends a text.
+    """
+    name = config.tokenizer or config.name
+    folder = Path(name).expanduser()
+    setting = "model.tokenizer" if config.tokenizer else "model.name"
+    try:
+        with quiet_libraries():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name, trust_remote_code=False)
+    except Exception as error:  # the libraries below raise many kinds; all of them mean that it did not load
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{setting}: the tokenizer of {name!r} could not be loaded ({first}); name a folder or a hub's tokenizer "
+            "with model.tokenizer"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"{setting}: the tokenizer of {name!r} has no fast form (tokenizer.json), which is needed")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise DataError(
+            f"{setting}: the tokenizer of {name!r} has neither a token to pad with nor one that ends a text"
+        )
+    return tokenizer
+
+
+def check_fit(config: TaskModelConfig, hf: Any, tokenizer: Any, seq_len: int) -> None:
+    """Refuse a tokenizer or a sequence length that does not fit the model.
+
+    Raises:
+        ConfigError: it has more words, or positions are too few.
+    """
+    text = hf.get_text_config() if hasattr(hf, "get_text_config") else hf
+    words = getattr(text, "vocab_size", None)
+    if words is not None and len(tokenizer) > words:
+        raise ConfigError(
+            f"model.tokenizer: {config.tokenizer or config.name} has {len(tokenizer):,} tokens and {config.name} "
+            f"embeddings for {words:,}; give the model's own tokenizer"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and 0 < positions < seq_len:
+        raise ConfigError(f"data.seq_len: {seq_len} is longer than the {positions} positions of {config.name}")

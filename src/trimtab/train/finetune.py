@@ -1,0 +1,251 @@
+"""`finetune`: train a checkpoint for a task, score it, keep the best step, and leave a run folder.
+
+The best step is a checkpoint like any other, and stays when newer ones are written. At the end the model is built
+again from its files and that checkpoint, since a method may not be able to go back to an earlier phase.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from trimtab.errors import CannotSave, CheckpointError, TrimtabError
+from trimtab.finetuneconfig import FinetuneConfig
+from trimtab.methods.base import Adapter
+from trimtab.models.taskmodel import build_task_model
+from trimtab.report.page import write_report
+from trimtab.report.spectrum import update_spectrum
+from trimtab.train import randomstate
+from trimtab.train.best import Best
+from trimtab.train.checkpoint import Checkpoint, load
+from trimtab.train.folder import refuse_used_folder, replace_text, save_model, sole_user
+from trimtab.train.material import Material, prepare
+from trimtab.train.metrics import RunLog, jsonable, require_tensorboard
+from trimtab.train.resume import continued
+from trimtab.train.scoring import Scores
+from trimtab.train.session import RunResult, Session, find_checkpoint, refuse_distributed, say
+
+
+@dataclass(frozen=True)
+class FinetuneResult(RunResult):
+    """How a run ended.
+
+    Attributes:
+        scores: of the model that was kept, when finished.
+        best_step: the step that it is of.
+    """
+
+    scores: Scores | None = None
+    best_step: int | None = None
+
+
+def finetune(config: FinetuneConfig, *, resume: Path | None = None, console: Console | None = None) -> FinetuneResult:
+    """Fine-tune a model as `config` says; leave everything in its run folder.
+
+    Args:
+        config: for a new run, `out`/`name` is its folder; for a resumed one, the folder's own
+            configuration with what the user changed.
+        resume: the folder of a run to continue from its newest complete checkpoint, bit for bit.
+        console: where progress is shown.
+
+    Raises:
+        TrimtabError: whatever a user can mend, in one line.
+    """
+    console = console or Console()
+    refuse_distributed()
+    folder = resume or config.out / config.name
+    with ExitStack() as stack:
+        checkpoint, damaged = None, frozenset[str]()
+        if resume is None:
+            refuse_used_folder(folder)
+        else:
+            if folder.is_dir():
+                stack.enter_context(sole_user(folder))
+            checkpoint, damaged = find_checkpoint(folder, console)
+            config, notes = continued(config, checkpoint)
+            for note in notes:
+                say(console, note)
+        if config.log.tensorboard:
+            require_tensorboard()
+        material = prepare(config)
+        for note in material.notes:
+            say(console, f"note: {note}")
+        return _Run(material.config, folder, console, damaged, material=material).go(checkpoint, stack)
+
+
+@dataclass
+class _Run(Session[FinetuneConfig]):
+    """One run of `finetune`."""
+
+    material: Material = field(kw_only=True)
+
+    def go(self, checkpoint: Checkpoint | None, stack: ExitStack) -> FinetuneResult:
+        """The whole run, from the weights to the report."""
+        config, material = self.config, self.material
+        start = checkpoint.step if checkpoint else 0
+        batches, micro = material.batches, config.train.micro_batch
+        model = self._model()
+        adapter, optimizer = self.attach(model, material.method, checkpoint)
+        objective = material.objective(model)
+        sample = next(iter(batches.batch(start).split(1))).to(self.device)
+        objective.check(sample)
+        if checkpoint is None:
+            stack.enter_context(sole_user(self.folder))
+        self.open_folder(checkpoint, adapter)
+        say(
+            self.console,
+            f"{len(batches.data):,} training examples, {batches.per_epoch:,} steps an epoch, {config.total_steps:,} "
+            f"steps in all; {100 * batches.padding(micro):.1f} % of the positions are padding",
+        )
+        best = Best(config.eval.patience)
+        best.read_log(self.folder / "metrics.jsonl")
+        saver = self.saver(model, adapter, optimizer, {}, checkpoint)
+        saver.pinned = best.step
+        log = self.open_log(checkpoint, stack)
+
+        def evaluate(step: int) -> Scores:
+            return material.scorer(model, objective, examples=config.eval.examples)
+
+        def evaluated(step: int, scores: Scores) -> None:
+            if best.offer(step, scores.headline) and config.eval.keep_best:
+                saver.pinned = step
+                saver.save(step)
+
+        def trainable_changed(step: int) -> None:
+            self.phase_changed(adapter, step)
+            objective.check(sample)
+
+        step, signals = self.train(
+            checkpoint,
+            log,
+            model=model,
+            adapter=adapter,
+            optimizer=optimizer,
+            objective=objective,
+            batches=batches,
+            saver=saver,
+            micro_batch=micro,
+            clip=config.train.clip,
+            eval_every=config.eval.every or batches.per_epoch,
+            evaluate=evaluate,
+            evaluated=evaluated,
+            enough=best.enough,
+            trainable_changed=trainable_changed,
+        )
+        if signals.name is not None or (step < config.total_steps and not best.enough()):
+            stopped = self.stopped(step, signals, log)
+            return FinetuneResult(stopped.folder, step, False, stopped.exit_status)
+        if config.eval.keep_best and best.seen != step:
+            scores = evaluate(step)
+            log.event({"event": "eval", "step": step, **scores.record()})
+            best.offer(step, scores.headline)
+        kept = step
+        if config.eval.keep_best and best.step is not None and best.step != step:
+            kept = best.step
+            say(
+                self.console,
+                f"the best {self.material.scorer.task.name} was after step {kept} of {step}; going back to it",
+            )
+            del optimizer, objective
+            model, adapter = self._go_back(saver.path(kept))
+        return self._finish(model, adapter, log, step, kept)
+
+    # -- stages --------------------------------------------------------------------------------
+
+    def _model(self) -> Any:
+        """The model, drawn and read anew."""
+        config, material = self.config, self.material
+        randomstate.seed_all(config.seed)
+        model = build_task_model(config.model, material.reading, material.settings, config.seed)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = material.tokenizer.pad_token_id
+        return model
+
+    def _go_back(self, path: Path) -> tuple[Any, Adapter]:
+        """The model and its adapter as a checkpoint has them."""
+        checkpoint = load(path)
+        phases = self.phases
+        model = self._model()
+        adapter, _ = self.attach(model, self.material.method, checkpoint)
+        self.phases = phases
+        return model, adapter
+
+    def _finish(self, model: Any, adapter: Adapter, log: RunLog, step: int, kept: int) -> FinetuneResult:
+        """From the last step to the finished folder: spectrum, what is saved, scores, report."""
+        config = self.config
+        try:
+            update_spectrum(
+                self.folder / "start.safetensors",
+                adapter.effective_weights(),
+                rank=adapter.config.update_rank,
+                restarts=len(config.restarts()),
+                device=self.device,
+            ).save(self.folder / "spectrum.json")
+        except TrimtabError as error:  # a side file; the model must not wait for it
+            say(self.console, f"the spectrum of the update cannot be shown: {error}")
+        places, merged = self._save(model, adapter)
+        scores = self.material.scorer(model, self.material.objective(model))
+        log.event(
+            {"event": "eval", "step": step, "final": True, "merged": merged, "kept_step": kept, **scores.record()}
+        )
+        self._write_results(scores, step, kept)
+        self.note_peak()
+        write_report(self.folder)
+        say(self.console, f"{config.task.name}: {scores.headline.name} {scores.headline.value:.4g} (step {kept})")
+        say(self.console, "   ".join([*places, f"report: {self.folder / 'report.html'}"]))
+        return FinetuneResult(self.folder, step, True, 0, scores=scores, best_step=kept)
+
+    def _save(self, model: Any, adapter: Adapter) -> tuple[list[str], bool]:
+        """What `save` asks for, or what there is; and whether the model is merged now."""
+        places, wanted = [], self.config.save
+        tokenizer = _Tokenizer(self.material.tokenizer)
+        whole = not adapter.no_merge
+        if wanted != "merged" or not whole:
+            try:
+                adapter.save(self.folder / "adapter")
+                places.append(f"adapter: {self.folder / 'adapter'}")
+                if not whole and wanted != "adapter":
+                    say(self.console, f"save = {wanted}: there is no merged model ({adapter.no_merge})")
+                    return places, False
+            except CannotSave as error:
+                if not whole:
+                    raise
+                if wanted != "adapter" or not _is_full(adapter):
+                    say(self.console, f"the model is saved whole: {error}")
+                wanted = "merged"
+        if wanted == "adapter":
+            return places, False
+        adapter.merge()
+        save_model(model, tokenizer, self.folder / "model")
+        places.append(f"model: {self.folder / 'model'}")
+        return places, True
+
+    def _write_results(self, scores: Scores, step: int, kept: int) -> None:
+        results = {"task": self.config.task.name, "steps": step, "kept_step": kept, **scores.record()}
+        try:
+            replace_text(self.folder / "results.json", json.dumps(jsonable(results), indent=1))
+            for split, answers in scores.answers.items():
+                lines = (json.dumps({"answer": answer}, ensure_ascii=False) + "\n" for answer in answers)
+                replace_text(self.folder / f"answers-{split}.jsonl", "".join(lines))
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: the results cannot be written: {error.strerror or error}") from error
+
+
+def _is_full(adapter: Adapter) -> bool:
+    """Whether all that trains is the base itself, so that nobody expects an adapter."""
+    return all(entry.group != "adapter" for entry in adapter.trainable())
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """A Hugging Face tokenizer for `save_model`."""
+
+    hf: Any
+
+    def save(self, folder: Path) -> None:
+        self.hf.save_pretrained(str(folder))

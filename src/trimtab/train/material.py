@@ -1,0 +1,125 @@
+"""What a fine-tuning run trains on, ready before any weight is read: tokens, batches, and the number of steps.
+
+Whatever is wrong with the task, the tokenizer, the model's kind or the method is found here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.errors import CannotSave, ConfigError, DataError
+from trimtab.finetuneconfig import FinetuneConfig
+from trimtab.methods.base import Method
+from trimtab.methods.registry import attach
+from trimtab.models.load import read_config
+from trimtab.models.taskmodel import (
+    check_fit,
+    head_settings,
+    reading_of,
+    shadow_task_model,
+    task_tokenizer,
+)
+from trimtab.tasks.base import Example, Loaded
+from trimtab.tasks.batches import Collate, ExampleBatches, LayCausal, PadHead, PadPairs
+from trimtab.tasks.encode import Encoder, Reading
+from trimtab.train.headobjective import HeadObjective
+from trimtab.train.objective import Objective
+from trimtab.train.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class Material:
+    """All of a run that does not depend on its weights.
+
+    Attributes:
+        config: with its number of steps.
+        method: with the defaults of fine-tuning.
+        loaded: the task's examples.
+        tokenizer: of the model.
+        reading: how the model reads them.
+        settings: what the model's config says of a new head.
+        batches: of the training split.
+        scorer: of the other splits.
+        notes: what a user should know, one sentence each.
+    """
+
+    config: FinetuneConfig
+    method: Method
+    loaded: Loaded
+    tokenizer: Any
+    reading: Reading
+    settings: dict[str, Any]
+    batches: ExampleBatches
+    scorer: Scorer
+    notes: list[str]
+
+    def objective(self, model: nn.Module) -> Objective | HeadObjective:
+        """The loss of a model on this task."""
+        if self.reading == "head":
+            return HeadObjective(model, len(self.loaded.labels))
+        return Objective(model, self.config.loss.chunked, self.config.loss.chunk)
+
+
+def prepare(config: FinetuneConfig) -> Material:
+    """Read the task, make its tokens, and put the method on a shadow of the model to see that it fits.
+
+    Raises:
+        TrimtabError: what is wrong, in one line.
+    """
+    hf = read_config(config.model.name)
+    reading = reading_of(config.model, hf, config.task.form)
+    tokenizer = task_tokenizer(config.model)
+    check_fit(config.model, hf, tokenizer, config.data.seq_len)
+    if reading != "head" and tokenizer.eos_token_id is None:
+        raise DataError("model.tokenizer: it has no token that ends a text, which a model that writes has to learn")
+    loaded = config.task.load(config.seed)
+    settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
+    method = config.method.for_finetuning(config.seed, new_head=reading == "head")
+    _check_method(config, method, shadow_task_model(config.model, hf, reading, settings))
+
+    encoder = Encoder(tokenizer, reading, config.data.seq_len, config.data.too_long)
+    collate = collate_for(reading, tokenizer, hf, config)
+    train: list[Example] = list(loaded.splits["train"])
+    scorer = Scorer(config.task, loaded, reading, encoder, collate, config.eval)
+    encoded = encoder(scorer.as_written(train), "train")
+    scorer.longest_answer = int(encoded.due.max()) if reading != "head" else 0
+    packed = reading == "causal" and config.data.packing
+    batches = ExampleBatches(
+        encoded, collate, config.train.batch, config.seed, grouped=config.data.group_by_length and not packed
+    )
+    notes = [*loaded.notes, *(f"split train: {note}" for note in encoded.notes)]
+    skipped = [f"{count} of {split}" for split, count in loaded.skipped.items() if count]
+    if skipped:
+        notes.append(f"task.skip_bad_rows: rows passed over: {', '.join(skipped)}.")
+    return Material(
+        config.resolved(batches.per_epoch), method, loaded, tokenizer, reading, settings, batches, scorer, notes
+    )
+
+
+def collate_for(reading: Reading, tokenizer: Any, hf: Any, config: FinetuneConfig) -> Collate:
+    """Who makes tensors of examples, for a model that reads so."""
+    pad = int(tokenizer.pad_token_id)
+    if reading == "head":
+        return PadHead(pad)
+    if reading == "causal":
+        return LayCausal(pad, config.data.seq_len, config.data.packing)
+    start = getattr(hf, "decoder_start_token_id", None)
+    if start is None:
+        raise ConfigError(
+            f"model.name: the config of {config.model.name} has no decoder_start_token_id, its decoder's first token"
+        )
+    return PadPairs(pad, int(start))
+
+
+def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> None:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
+    if adapter.no_merge:  # then what was learned is saved beside the model
+        try:
+            adapter.check_save()
+        except CannotSave as error:
+            raise ConfigError(f"method.train_also: {error}") from None

@@ -1,0 +1,185 @@
+"""Scores of a model on a task: its predictions or answers, the task's own metrics over them, and the loss.
+
+A model with a head predicts in one pass. A model that writes answers by generation, as its users will have it answer,
+so an answer that names no class counts as wrong. Chats and plain texts have no metric but the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.finetuneconfig import TaskEvalConfig
+from trimtab.quiet import quiet_libraries
+from trimtab.tasks.base import Example, Headline, Labelled, Loaded, Prediction, Task, Written
+from trimtab.tasks.batches import Collate, Part, in_order
+from trimtab.tasks.encode import Encoded, Encoder, Reading
+from trimtab.train.headobjective import HeadObjective
+from trimtab.train.objective import eval_mode
+
+#: The longest answer that is waited for when nothing says how long answers are.
+_LONGEST_ANSWER = 256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores by split and metric; `loss` is among them.
+
+    Attributes:
+        splits: by split, by the name of the metric.
+        headline: the one figure.
+        answers: by split, what the model wrote; nothing of models with a head.
+    """
+
+    splits: Mapping[str, Mapping[str, float]]
+    headline: Headline
+    answers: Mapping[str, Sequence[str]]
+
+    def record(self) -> dict[str, Any]:
+        """As a record of metrics.jsonl: the figures of the first split under their names, and all of them."""
+        first = next(iter(self.splits.values()))
+        return {
+            **first,
+            "headline": {"name": self.headline.name, "value": self.headline.value, "rising": self.headline.rising},
+            "scores": {split: dict(scores) for split, scores in self.splits.items()},
+        }
+
+
+class Scorer:
+    """Scores the splits of a task.
+
+    Args:
+        task: whose metrics they are.
+        loaded: its examples.
+        reading: how the model reads them.
+        encoder: makes their tokens.
+        collate: makes tensors of them.
+        options: how many at once, and how answers are searched.
+        longest_answer: tokens of the longest answer in training; 0 where that is not known.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        loaded: Loaded,
+        reading: Reading,
+        encoder: Encoder,
+        collate: Collate,
+        options: TaskEvalConfig,
+        longest_answer: int = 0,
+    ) -> None:
+        self.task, self.loaded, self.reading = task, loaded, reading
+        self.encoder, self.collate, self.options = encoder, collate, options
+        self.longest_answer = longest_answer
+        self._examples = {split: known_answers(loaded.splits[split]) for split in loaded.scored}
+        self._encoded: dict[tuple[str, int], Encoded] = {}
+
+    def __call__(self, model: nn.Module, objective: Callable[[Part], Tensor], *, examples: int | None = None) -> Scores:
+        """Score all splits in eval mode, or the first `examples` of each; every module's mode is restored."""
+        splits: dict[str, dict[str, float]] = {}
+        answers: dict[str, list[str]] = {}
+        with eval_mode(model), torch.no_grad():
+            for split, every in self._examples.items():
+                chosen = every[:examples]
+                data = self._encode(split, chosen)
+                found = self._loss(model, objective, data)
+                if self.reading == "head":
+                    assert isinstance(objective, HeadObjective)
+                    predictions = self._predict(model, objective, data, len(chosen))
+                    found = {**self.task.score(split, predictions, chosen), **found}
+                elif self.task.form in ("class", "number", "text"):
+                    written = self._write(model, chosen)
+                    answers[split] = written
+                    found = {**self.task.score(split, self._read(written), chosen), **found}
+                splits[split] = found
+        return Scores(splits, self.task.headline(splits, self.options.report), answers)
+
+    def as_written(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Labelled examples in their text form, where the model writes; others as they are."""
+        if self.reading == "head" or self.task.form not in ("class", "number"):
+            return examples
+        return [self.task.as_text(e, self.loaded.labels) for e in examples if isinstance(e, Labelled)]
+
+    def _encode(self, split: str, examples: Sequence[Example]) -> Encoded:
+        key = (split, len(examples))
+        if key not in self._encoded:
+            self._encoded[key] = self.encoder(self.as_written(examples), split)
+        return self._encoded[key]
+
+    def _loss(self, model: nn.Module, objective: Callable[[Part], Tensor], data: Encoded) -> dict[str, float]:
+        device = next(model.parameters()).device
+        total, due = torch.zeros((), dtype=torch.float64, device=device), 0
+        for part, _ in in_order(data, self.collate, self.options.batch):
+            total += objective(part.to(device)).double()
+            due += part.n_valid
+        nats = float(total)
+        found = {"loss": nats / due}
+        if self.task.form in ("chat", "plain"):
+            found["perplexity"] = math.exp(min(found["loss"], 700.0))
+        if data.text_bytes is not None and (size := int(data.text_bytes.sum())):
+            found["bits_per_byte"] = nats / math.log(2) / size
+        return found
+
+    def _predict(self, model: nn.Module, objective: HeadObjective, data: Encoded, number: int) -> list[Prediction]:
+        device = next(model.parameters()).device
+        found: list[Prediction] = [None] * number
+        for part, rows in in_order(data, self.collate, self.options.batch):
+            logits = objective.logits(part.to(device))
+            values = logits.argmax(-1).tolist() if objective.classes else logits.squeeze(-1).tolist()
+            for row, value in zip(data.source[rows], values, strict=True):
+                found[row] = value
+        return found
+
+    def _write(self, model: Any, examples: Sequence[Example]) -> list[str]:
+        """What the model writes for each example, in their order."""
+        sources = [e for e in self.as_written(examples) if isinstance(e, Written)]
+        prompts = self.encoder.prompts(sources)
+        longest = self.options.max_new_tokens or self.longest_answer or _LONGEST_ANSWER
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": longest, **self.task.decoding}
+        if self.options.beams is not None:
+            settings["num_beams"] = self.options.beams
+        if self.options.max_new_tokens is not None:
+            settings["max_new_tokens"] = self.options.max_new_tokens
+        order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+        written = [""] * len(prompts)
+        for start in range(0, len(order), self.options.batch):
+            rows = order[start : start + self.options.batch]
+            for row, text in zip(rows, self._generate(model, [prompts[n] for n in rows], settings), strict=True):
+                written[row] = text
+        return written
+
+    def _generate(self, model: Any, prompts: Sequence[Sequence[int]], settings: Mapping[str, Any]) -> list[str]:
+        tokenizer, device = self.encoder.tokenizer, next(model.parameters()).device
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for n, prompt in enumerate(prompts):
+            # A causal model goes on from the right end; an encoder is read from the left.
+            place = slice(width - len(prompt), width) if self.reading == "causal" else slice(0, len(prompt))
+            ids[n, place], mask[n, place] = torch.tensor(prompt), 1
+        with quiet_libraries():
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                **{"temperature": None, "top_p": None, "top_k": None, **settings},
+            )
+        new = out[:, width:] if self.reading == "causal" else out
+        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _read(self, written: Sequence[str]) -> list[Prediction]:
+        """What the answers mean: labels, where the task has some."""
+        if self.task.form == "text":
+            return list(written)
+        return [self.task.read_answer(text, self.loaded.labels) for text in written]
+
+
+def known_answers(examples: Sequence[Example]) -> list[Example]:
+    """Without those whose label is kept secret."""
+    return [e for e in examples if not (isinstance(e, Labelled) and e.label is None)]
