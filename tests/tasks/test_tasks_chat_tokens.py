@@ -10,7 +10,7 @@ from chat_templates import CHATML, LLAMA3, MARKED, MISTRAL, OPENED, PHI3, THOUGH
 from tokenizers import processors
 
 from trimtab.errors import DataError
-from trimtab.tasks import Chat, Message, chattokens
+from trimtab.tasks import Message, chattokens
 from trimtab.tasks.chattokens import encode_chat, encode_chats, plain_chat
 
 
@@ -48,7 +48,12 @@ def spoken(tokenizer: Any, ids: list[int], learned: list[bool]) -> list[str]:
     ids=["chatml", "llama3", "mistral", "phi3", "marked", "vicuna"],
 )
 def test_the_answers_and_their_ends_are_learned_and_nothing_else(
-    template: str, before: str, end: str, messages: tuple[Message, ...], skeletons: bool, monkeypatch: pytest.MonkeyPatch
+    template: str,
+    before: str,
+    end: str,
+    messages: tuple[Message, ...],
+    skeletons: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ids are those of the rendered chat; the learned ones decode to each answer and its end-of-turn token."""
     if template == MISTRAL and messages is SYSTEM:
@@ -82,8 +87,8 @@ def test_many_chats_are_encoded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups, skeletons and order change nothing."""
     monkeypatch.setattr(chattokens, "_AT_ONCE", 3)
     tokenizer = chat_tokenizer(CHATML)
-    chats = [Chat(messages) for messages in (ONE, TWO, SYSTEM, ODD, ONE, SYSTEM, TWO)]
-    assert encode_chats(tokenizer, chats) == [encode_chat(tokenizer, c.messages) for c in chats]
+    chats = [ONE, TWO, SYSTEM, ODD, ONE, SYSTEM, TWO]
+    assert encode_chats(tokenizer, chats) == [encode_chat(tokenizer, c) for c in chats]
     assert encode_chats(tokenizer, []) == []
 
 
@@ -143,7 +148,7 @@ def test_a_template_that_changes_earlier_turns_is_refused() -> None:
     with pytest.raises(DataError, match=r"message 2: the chat template changes this answer.* drop earlier thoughts"):
         encode_chat(tokenizer, chat("And of Italy?", thought, "Sure?", "Yes"))
     with pytest.raises(DataError, match=r"chat 3 of 4: message 2: the chat template changes"):
-        encode_chats(tokenizer, [Chat(ONE), Chat(TWO), Chat(chat("a", thought, "b", "c")), Chat(ONE)])
+        encode_chats(tokenizer, [ONE, TWO, chat("a", thought, "b", "c"), ONE])
 
 
 def test_a_generation_prompt_that_no_answer_begins_with_is_refused() -> None:
@@ -156,7 +161,7 @@ def test_chats_that_a_template_refuses_are_named() -> None:
     """The template's own words are kept; other chats of the group are not blamed."""
     tokenizer = chat_tokenizer(MISTRAL)
     with pytest.raises(DataError, match=r"^chat 2 of 3: the chat template refuses the chat: Roles must alternate"):
-        encode_chats(tokenizer, [Chat(ONE), Chat(SYSTEM), Chat(TWO)])
+        encode_chats(tokenizer, [ONE, SYSTEM, TWO])
     unmarked = MARKED.replace("m.role == 'assistant'", "m.role == 'model'")
     with pytest.raises(DataError, match=r"marks are around none of the answers"):
         encode_chat(chat_tokenizer(unmarked), ONE)
@@ -176,7 +181,7 @@ def test_a_chat_needs_an_answer_and_something_that_is_answered(
 
 def test_what_the_tokenizer_lacks_is_said() -> None:
     with pytest.raises(DataError, match="has no chat template"):
-        encode_chat(chat_tokenizer(None), ONE)
+        encode_chat(chat_tokenizer(None), ONE, template=True)
     with pytest.raises(DataError, match="no end-of-text token"):
         encode_chat(chat_tokenizer(None, eos_token=None), ONE, template=False)
     with pytest.raises(DataError, match="cannot be chosen"):
@@ -195,6 +200,7 @@ def test_without_a_template_a_prompt_goes_on_with_its_answer() -> None:
     ids, learned = encode_chat(tokenizer, SYSTEM, template=False)
     assert ids == tokenizer(text, add_special_tokens=False).input_ids
     assert spoken(tokenizer, ids, learned) == [" Rome</s>"]
+    assert encode_chat(tokenizer, SYSTEM) == (ids, learned)
     assert plain_chat(chat("a", "b", "c", "d"), "</s>") == "a b</s>c d</s>"
     assert plain_chat(chat("Q: a\nA:", " b"), "</s>") == "Q: a\nA: b</s>"
     assert plain_chat(chat("Q: a\n", "b"), "</s>") == "Q: a\nb</s>"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from trimtab.tasks.base import Chat, Example, Labelled, Loaded, Message, Plain, Task, Written
+from trimtab.tasks.chat import ChatTask
 from trimtab.tasks.registry import TaskField, parse_task, tasks
 
 __all__ = [
     "Chat",
+    "ChatTask",
     "Example",
     "Labelled",
     "Loaded",

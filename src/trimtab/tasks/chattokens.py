@@ -25,7 +25,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from trimtab.errors import DataError
-from trimtab.tasks.base import Chat, Message
+from trimtab.tasks.base import Message
 
 #: Token ids of a chat, and for each whether it is learned.
 Encoded = tuple[list[int], list[bool]]
@@ -41,14 +41,14 @@ class _Span(NamedTuple):
     stop: int
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message], *, template: bool = True) -> Encoded:
+def encode_chat(tokenizer: Any, messages: Sequence[Message], *, template: bool | None = None) -> Encoded:
     """The token ids of a chat and which of them are learned.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         messages: the turns; at least one answer of the assistant, and something before it.
-        template: render with the tokenizer's chat template; otherwise in the form of `plain_chat`, after the
-            tokens that the tokenizer begins a text with (bos, where it has one).
+        template: render with the tokenizer's chat template, or else in the form of `plain_chat`, after the tokens that
+            the tokenizer begins a text with (bos, where it has one). None: with the template where there is one.
 
     Returns:
         All ids, none added or cut off, and as many flags. A special token that is written out in a message is read as
@@ -61,13 +61,13 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], *, template: bool =
     return ChatEncoder(tokenizer, template=template).encode([messages])[0]
 
 
-def encode_chats(tokenizer: Any, chats: Sequence[Chat], *, template: bool = True) -> list[Encoded]:
-    """As `encode_chat` for many chats, a few times faster; an error says which chat it was.
+def encode_chats(tokenizer: Any, chats: Sequence[Sequence[Message]], *, template: bool | None = None) -> list[Encoded]:
+    """As `encode_chat` for the messages of many chats, a few times faster; an error says which chat it was.
 
     Raises:
         DataError: as `encode_chat`.
     """
-    return ChatEncoder(tokenizer, template=template).encode([chat.messages for chat in chats])
+    return ChatEncoder(tokenizer, template=template).encode(chats)
 
 
 def plain_chat(messages: Sequence[Message], eos: str) -> str:
@@ -77,7 +77,9 @@ def plain_chat(messages: Sequence[Message], eos: str) -> str:
     the blank belongs to the answer. `eos` follows each answer, and nothing follows `eos`. Other messages that come one
     after another (a system prompt and a question) have an empty line between them:
 
-        SYSTEM\\n\\nQUESTION ANSWER<eos>QUESTION ANSWER<eos>
+        SYSTEM
+
+        QUESTION ANSWER<eos>QUESTION ANSWER<eos>
 
     So a prompt is a text that the model goes on from, as a plain language model does.
     """
@@ -95,7 +97,7 @@ class ChatEncoder:
         DataError: as `encode_chat`, as far as the tokenizer alone shows it.
     """
 
-    def __init__(self, tokenizer: Any, *, template: bool = True) -> None:
+    def __init__(self, tokenizer: Any, *, template: bool | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError("the tokenizer has no fast form (tokenizer.json), which the places of answers need")
         self._tokenizer = tokenizer
@@ -106,7 +108,7 @@ class ChatEncoder:
         self._lead: list[int] = []
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
         self._template: _Template | None = None
-        if template:
+        if template or (template is None and tokenizer.chat_template):
             self._template = _Template(tokenizer)
         else:
             if tokenizer.eos_token is None:
