@@ -63,7 +63,7 @@ VICUNA = (
 )
 
 WORDS = (
-    "You are a helpful assistant. What is the capital of France? The capital of France is Paris.\n\nAnd of Italy? Rome.",
+    "You are a helpful assistant. What is the capital of France? The capital of France is Paris.\n\nOf Italy? Rome.",
     "Write a short poem about the sea. Blue waves roll, the gulls cry out; naïve sailors dream 😀 of home.",
 )
 

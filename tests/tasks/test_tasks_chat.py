@@ -20,6 +20,9 @@ def turns(*pairs: tuple[str, str], role: str = "role", words: str = "content") -
     return [{role: who, words: what} for who, what in pairs]
 
 
+SIMPLE_TURNS = turns(("user", ASKED), ("assistant", ANSWER))
+
+
 def write(path: Path, *rows: Any) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
@@ -32,9 +35,9 @@ def read(path: Path, *rows: Any, **settings: Any) -> list[Chat]:
 
 
 ROWS: dict[str, dict[str, Any]] = {
-    "messages": {"messages": turns(("user", ASKED), ("assistant", ANSWER))},
-    "messages under conversations": {"conversations": turns(("user", ASKED), ("assistant", ANSWER))},
-    "messages with a copy": {"prompt": ASKED, "prompt_id": "1", **{"messages": turns(("user", ASKED), ("assistant", ANSWER))}},
+    "messages": {"messages": SIMPLE_TURNS},
+    "messages under conversations": {"conversations": SIMPLE_TURNS},
+    "messages with a copy": {"prompt": ASKED, "prompt_id": "1", "messages": SIMPLE_TURNS},
     "completion": {"prompt": ASKED, "completion": ANSWER},
     "response": {"prompt": ASKED, "response": ANSWER, "completion": None},
     "alpaca": {"instruction": ASKED, "input": "", "output": ANSWER, "text": "..."},
@@ -65,8 +68,8 @@ def test_an_instruction_and_what_it_is_about_are_one_message(tmp_path: Path) -> 
 
 def test_chats_have_as_many_turns_as_they_have(tmp_path: Path) -> None:
     """A system prompt of the chat's own counts before a column and before the setting; an empty one is none."""
-    own = turns(("system", "Rhyme."), ("human", "a"), ("chatgpt", "b"), ("user", "c"), ("assistant", "d"), ("human", "e"),
-                role="from", words="value")  # fmt: skip
+    pairs = [("system", "Rhyme."), ("human", "a"), ("chatgpt", "b"), ("user", "c"), ("assistant", "d"), ("human", "e")]
+    own = turns(*pairs, role="from", words="value")
     (chat,) = read(tmp_path, {"conversations": own, "system": "Be short."}, system="Be kind.")
     assert chat == Chat(
         (Message("system", "Rhyme."), Message("user", "a"), Message("assistant", "b"), Message("user", "c"),
@@ -99,8 +102,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "null answer": ({"instruction": "a", "input": "b", "output": 3}, r"column 'output' holds int, not text"),
     "empty completion": ({"prompt": "a", "completion": ""}, r"column 'completion' is empty"),
     "no turns": ({"messages": []}, r"column 'messages' holds an empty list, not a list of turns"),
-    "no fields": ({"messages": [{"who": "user"}]}, r"fields 'role' and 'content'; this one has the fields 'who'"),
-    "no turn": ({"messages": ["hi"]}, r"turn 1 of 'messages': .*this one has 'hi'"),
+    "no fields": ({"messages": [{"who": "user"}]}, r"a turn has 'role' and 'content', not 'who'"),
+    "no turn": ({"messages": ["hi"]}, r"turn 1 of 'messages': .*, not 'hi'"),
     "tool calls": (
         {"messages": [*turns(("user", "a")), {"role": "assistant", "content": "b", "tool_calls": [{}]}]},
         r"turn 2 of 'messages': 'tool_calls' is not supported",
@@ -117,17 +120,15 @@ BAD: dict[str, tuple[Any, str]] = {
         {"instruction": "a", "output": "b", "response": "c"},
         r"fit the layouts alpaca and dolly; choose by task.layout",
     ),
-    "mixed": (ROWS["alpaca"], r"a row of the layout alpaca, in a file whose first \(.*rows.jsonl:1\) is of the layout messages"),
+    "mixed": (ROWS["alpaca"], r"a row of the layout alpaca, in a file whose first \(.*:1\) is of the layout messages"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "error"), BAD.values(), ids=BAD)
 def test_a_bad_row_is_named_or_counted(row: dict[str, Any], error: str, tmp_path: Path) -> None:
     """With its file and line; `skip_bad_rows` passes over it and says how many."""
-    alike = next((good for good in ROWS.values() if set(row) <= set(good)), {})
-    first = (
-        ROWS["sharegpt"] if "narrator" in str(row) else ROWS["messages"] if "a row of" in error or not alike else alike
-    )
+    alike = [good for good in ROWS.values() if set(row) <= set(good)] if "a row of" not in error else []
+    first = ROWS["sharegpt"] if "narrator" in str(row) else [*alike, ROWS["messages"]][0]
     with pytest.raises(DataError, match=rf"^task.validation: .*rows\.jsonl:2\b.*{error}"):
         read(tmp_path, first, row)
     source = str(tmp_path / "rows.jsonl")
@@ -138,9 +139,7 @@ def test_a_bad_row_is_named_or_counted(row: dict[str, Any], error: str, tmp_path
 
 def test_a_file_in_which_nothing_can_be_used_says_why(tmp_path: Path) -> None:
     """Passing over all rows would hide that the file is of another kind."""
-    with pytest.raises(
-        DataError, match=r"no chat in it: of 2 rows none can be used, .*rows.jsonl:1: .*no known layout"
-    ):
+    with pytest.raises(DataError, match=r"no chat in it: of 2 rows none can be used, .*:1: .*no known layout"):
         read(tmp_path, {"a": "b"}, {"a": "c"}, skip_bad_rows=True)
     with pytest.raises(DataError, match=r"task.validation: there is no chat in it$"):
         read(tmp_path)

@@ -184,9 +184,9 @@ def test_what_the_tokenizer_lacks_is_said() -> None:
         encode_chat(chat_tokenizer(None), ONE, template=True)
     with pytest.raises(DataError, match="no end-of-text token"):
         encode_chat(chat_tokenizer(None, eos_token=None), ONE, template=False)
+    named = chat_tokenizer(None)
+    named.chat_template = {"tools": CHATML, "rag": CHATML}
     with pytest.raises(DataError, match="cannot be chosen"):
-        named = chat_tokenizer(None)
-        named.chat_template = {"tools": CHATML, "rag": CHATML}
         encode_chat(named, ONE)
     with pytest.raises(DataError, match="no fast form"):
         encode_chat(object(), ONE)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from trimtab.tasks.base import Chat, Example, Labelled, Loaded, Message, Plain, Task, Written
 from trimtab.tasks.chat import ChatTask
+from trimtab.tasks.classification import Classification
+from trimtab.tasks.glue import GLUE
+from trimtab.tasks.language import Language
 from trimtab.tasks.registry import TaskField, parse_task, tasks
+from trimtab.tasks.regression import Regression
+from trimtab.tasks.seq2seq import Seq2Seq
 
 __all__ = [
+    "GLUE",
     "Chat",
     "ChatTask",
+    "Classification",
     "Example",
     "Labelled",
+    "Language",
     "Loaded",
     "Message",
     "Plain",
+    "Regression",
+    "Seq2Seq",
     "Task",
     "TaskField",
     "Written",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -204,17 +204,17 @@ def _turns(
     for number, turn in enumerate(turns, start=1):
         where = f"{row.where}, turn {number} of {column!r}"
         if not isinstance(turn, Mapping) or role not in turn or words not in turn:
-            what = (
-                f"the fields {', '.join(map(repr, turn)) or 'none'}" if isinstance(turn, Mapping) else repr(turn)[:40]
+            fields = ", ".join(map(repr, turn)) if isinstance(turn, Mapping) else repr(turn)[:40]
+            raise DataError(
+                f"{setting}: {where}: a turn has the fields {role!r} and {words!r}; this one is {fields or 'empty'}"
             )
-            raise DataError(f"{setting}: {where}: a turn has the fields {role!r} and {words!r}; this one has {what}")
         who = turn[role]
         if not isinstance(who, str) or who not in roles:
             raise DataError(f"{setting}: {where}: the {role} {who!r} is none of {', '.join(roles)}")
         for field in _MORE_THAN_WORDS:
             if turn.get(field) is not None and not (field == "weight" and turn[field] == 1):
                 raise DataError(
-                    f"{setting}: {where}: {field!r} is not supported; words alone are learned, and all answers"
+                    f"{setting}: {where}: {field!r} is not supported: the words of each answer are learned, and no more"
                 )
         content = text_of(Row(where, {words: turn[words]}), words, setting, empty=roles[who] == "system")
         if content.strip():  # an empty system prompt is none
