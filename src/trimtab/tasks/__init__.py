@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trimtab.tasks.base import Chat, Example, Labelled, Loaded, Message, Plain, Task, Written
+from trimtab.tasks.chat import ChatTask
 from trimtab.tasks.classification import Classification
 from trimtab.tasks.glue import GLUE
 from trimtab.tasks.language import Language
@@ -13,6 +14,7 @@ from trimtab.tasks.seq2seq import Seq2Seq
 __all__ = [
     "GLUE",
     "Chat",
+    "ChatTask",
     "Classification",
     "Example",
     "Labelled",
