@@ -175,6 +175,11 @@ class RunConfig(Settings, abc.ABC):
     def stop_at(self) -> int | None:
         """Completed steps after which to stop, without any effect on the schedule."""
 
+    @property
+    @abc.abstractmethod
+    def clip(self) -> float | None:
+        """The bound of the gradient's norm."""
+
     @abc.abstractmethod
     def without_stop(self) -> Self:
         """The same run, going on past `train.stop_at`."""
@@ -257,6 +262,10 @@ class PretrainConfig(RunConfig):
     @property
     def stop_at(self) -> int | None:
         return self.train.stop_at
+
+    @property
+    def clip(self) -> float | None:
+        return self.train.clip
 
     def without_stop(self) -> Self:
         return self.model_copy(update={"train": self.train.model_copy(update={"stop_at": None})})

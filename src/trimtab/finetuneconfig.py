@@ -116,6 +116,10 @@ class FinetuneConfig(RunConfig):
     def stop_at(self) -> int | None:
         return self.train.stop_at
 
+    @property
+    def clip(self) -> float | None:
+        return self.train.clip
+
     def without_stop(self) -> Self:
         return self.model_copy(update={"train": self.train.model_copy(update={"stop_at": None})})
 

@@ -11,7 +11,6 @@ import numpy as np
 import yaml
 
 from trimtab.config import PretrainConfig
-from trimtab.report.runfolder import schedule_of
 from trimtab.report.spectrum import MatrixSpectrum, Spectrum
 
 LAYER = {"q_proj": 768, "k_proj": 768, "v_proj": 768, "o_proj": 768, "gate_proj": 2048, "up_proj": 2048}
@@ -40,7 +39,7 @@ def config(steps: int = 2000, **method: Any) -> dict[str, Any]:
 def metrics(tree: dict[str, Any], every: int = 10, upto: int | None = None) -> list[dict[str, Any]]:
     """The events of a run of this config, up to a step."""
     parsed = PretrainConfig.model_validate(tree)
-    plan, total = schedule_of(parsed), parsed.train.steps
+    plan, total = parsed.multiplier(), parsed.train.steps
     noise = np.random.default_rng(0)
     began = 1_760_000_000.0
     events: list[dict[str, Any]] = [

@@ -19,7 +19,7 @@ from trimtab.errors import ReportError
 from trimtab.report import words
 from trimtab.report.page import summary, write_report
 from trimtab.report.plots import Axis, Series, chart, loss_range, smooth, thin
-from trimtab.report.runfolder import read_run, schedule_of
+from trimtab.report.runfolder import read_run
 from trimtab.report.spectrum import MatrixSpectrum, Spectrum
 
 VOID = {"meta", "br", "link", "img"}
@@ -339,7 +339,7 @@ def test_planned_rate_is_the_schedule(run: Path) -> None:
     planned, logged = report(run).series()["Learning rate"]
     parsed = read_run(run).config
     assert parsed is not None
-    plan = schedule_of(parsed)
+    plan = parsed.multiplier()
     for x, y in zip(planned["x"], planned["y"], strict=True):
         peak = 5e-4 if x <= 80 else 1e-3
         assert y == pytest.approx(peak * plan(int(x) - 1), rel=1e-4)

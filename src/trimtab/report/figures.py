@@ -10,7 +10,7 @@ import numpy as np
 from trimtab.errors import ConfigError
 from trimtab.report import words
 from trimtab.report.plots import Axis, Level, Marks, Series, chart, histogram, loss_range, smooth
-from trimtab.report.runfolder import FloatArray, Phase, RunFolder, schedule_of
+from trimtab.report.runfolder import FloatArray, Phase, RunFolder
 from trimtab.report.spectrum import NEAR_ZERO, MatrixSpectrum, Spectrum
 
 #: More matrix types than this are listed in the table only.
@@ -35,7 +35,7 @@ def step_axis(run: RunFolder, whole: bool = False) -> Axis:
 
 
 def loss_figure(run: RunFolder) -> str:
-    """Training and validation loss in nats a token."""
+    """Training and validation loss: nats a token, or what a head's loss is in."""
     x, y = run.series("loss")
     checks = [record for record in run.evals if not record.get("final")]
     ends = [record for record in run.evals if record.get("final")]
@@ -52,6 +52,8 @@ def loss_figure(run: RunFolder) -> str:
     low, high = loss_range([(x, y), (val_x, val_y), (end_x, end_y)])
     above = [float(value) for value in (*y.tolist(), *val_y.tolist()) if value > high]
     caption = "Training loss is the mean over a step's tokens. Validation is measured on held-out documents."
+    if run.command == "finetune":
+        caption = "Training loss is the mean over a step's scored tokens or examples; validation is of the first split."
     if above:
         caption += (
             f" {words.many(len(above), 'point')} above the axis, the highest {words.sig(max(above))}: "
@@ -66,7 +68,7 @@ def loss_figure(run: RunFolder) -> str:
             Series("validation of the merged model", end_x, end_y, "final", "ring"),
         ],
         step_axis(run),
-        Axis("nats/token", low, high),
+        Axis("loss" if run.command == "finetune" else "nats/token", low, high),
         marks=marks(run, note=True),
         height=360,
         caption=caption,
@@ -107,7 +109,7 @@ def rate_figure(run: RunFolder) -> str:
 def _planned_rate(run: RunFolder) -> tuple[FloatArray, FloatArray]:
     """Completed steps 1..T and the rate of each, at enough of them to draw every corner exactly."""
     assert run.config is not None
-    plan = schedule_of(run.config)
+    plan = run.config.multiplier()
     total, first, again = plan.total_steps, plan.warmup_steps, plan.rewarm_steps
     corners = {0, total - 1}
     for turn in (0, plan.warm_start_steps, *plan.restarts):
@@ -138,7 +140,7 @@ def gradient_figure(run: RunFolder) -> str:
     x, y = run.series("grad_norm")
     x, y = x[y > 0], y[y > 0]
     low, high = (_round(float(y.min()), up=False), _round(float(y.max()), up=True)) if len(y) else (0.1, 10.0)
-    clip = run.config.train.clip if run.config else None
+    clip = run.config.clip if run.config else None
     return chart(
         "Gradient norm",
         [Series("gradient norm", x, y, "train", legend=False)],

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from trimtab.errors import ReportError
-from trimtab.report import figures, words
+from trimtab.report import figures, taskscores, words
 from trimtab.report.assets import SCRIPT, STYLE
 from trimtab.report.files import write_whole
 from trimtab.report.runfolder import Record, RunFolder, number, read_run
@@ -188,10 +188,13 @@ def _cards(run: RunFolder, spectrum: Spectrum | None) -> str:
     cards: list[tuple[str, str]] = []
     end: Record = run.evals[-1] if run.evals else {}
     loss, perplexity = number(end.get("loss")), number(end.get("perplexity"))
-    which = "final validation loss, nats/token" if run.final is not None else "last validation loss, nats/token"
+    unit = "" if run.command == "finetune" else ", nats/token"
+    which = f"final validation loss{unit}" if run.final is not None else f"last validation loss{unit}"
+    if (best := taskscores.headline(end)) is not None:
+        cards.append((words.sig(best[1], 4), f"{best[0]}, {next(iter(end.get('scores') or ['validation']))}"))
     if loss is not None:
         cards.append((words.sig(loss), which))
-        if perplexity is None and loss < 50:
+        if perplexity is None and loss < 50 and run.command == "pretrain":
             perplexity = math.exp(loss)
     if perplexity is not None:
         cards.append((words.sig(perplexity), "perplexity"))
@@ -218,7 +221,10 @@ def _cards(run: RunFolder, spectrum: Spectrum | None) -> str:
 def _curves(run: RunFolder) -> str:
     if not run.steps and not run.evals:
         return "<p>No step was logged yet, so there is no curve to draw.</p>" + figures.rate_figure(run)
+    heads, rows = taskscores.score_rows(run)
+    scores = _table("Scores of the last evaluation", heads, rows) if rows else ""
     return (
+        f"{taskscores.headline_figure(run, figures.step_axis(run))}{scores}"
         f"{figures.loss_figure(run)}{figures.rate_figure(run)}"
         f'<div class="pair">{figures.speed_figure(run)}{figures.gradient_figure(run)}</div>'
     )
@@ -327,8 +333,8 @@ def _config(run: RunFolder) -> str:
 
 def _repeat(run: RunFolder) -> str:
     folder = str((run.config.out if run.config else Path("runs")) / run.name)
-    again = f"trimtab pretrain {shlex.quote(f'{folder}/config.yaml')} {shlex.quote(f'name={run.name}-again')}"
-    goes_on = f"trimtab pretrain --resume {shlex.quote(folder)}"
+    again = f"trimtab {run.command} {shlex.quote(f'{folder}/config.yaml')} {shlex.quote(f'name={run.name}-again')}"
+    goes_on = f"trimtab {run.command} --resume {shlex.quote(folder)}"
     text = "<p>From the folder in which the run was started, with the same version of Trimtab:</p>"
     text += f"<pre>{escape(again)}</pre>"
     if run.final is None:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from trimtab.config import PretrainConfig
+from trimtab.config import PretrainConfig, RunConfig
 from trimtab.errors import ReportError
-from trimtab.optim.schedule import Schedule
+from trimtab.finetuneconfig import FinetuneConfig, is_finetuning
 from trimtab.report.spectrum import Spectrum
 
 #: Nothing that is logged is this large; beyond it, sums and squares would leave float64.
@@ -67,7 +67,7 @@ class RunFolder:
 
     name: str
     config_text: str | None = None
-    config: PretrainConfig | None = None
+    config: RunConfig | None = None
     machine: Record = field(default_factory=dict)
     started: float | None = None
     seconds: float = 0.0
@@ -86,7 +86,12 @@ class RunFolder:
     @property
     def total_steps(self) -> int | None:
         """The steps that the config asks for."""
-        return self.config.train.steps if self.config else None
+        return self.config.total_steps if self.config else None
+
+    @property
+    def command(self) -> str:
+        """The command that makes such a run."""
+        return "finetune" if isinstance(self.config, FinetuneConfig) else "pretrain"
 
     @property
     def last_step(self) -> int:
@@ -143,30 +148,11 @@ def read_run(path: Path) -> RunFolder:
     return run
 
 
-def schedule_of(config: PretrainConfig) -> Schedule:
-    """The learning rate's multiplier that a run of this config follows.
-
-    Raises:
-        ConfigError: its lengths do not fit together.
-    """
-    plan, total = config.schedule, config.train.steps
-    return Schedule(
-        total_steps=total,
-        shape=plan.shape,
-        warmup_steps=plan.warmup_steps,
-        floor=plan.floor,
-        warm_start_steps=config.method.switch_step,
-        after_warm_start=plan.after_warm_start,
-        restarts=config.method.restarts(total, plan.rewarm_steps),
-        rewarm_steps=plan.rewarm_steps,
-        reference=plan.reference,
-    )
-
-
 def _read_config(path: Path, run: RunFolder) -> None:
     try:
         run.config_text = path.read_text(encoding="utf-8")
-        run.config = PretrainConfig.model_validate(yaml.safe_load(run.config_text))
+        tree = yaml.safe_load(run.config_text)
+        run.config = (FinetuneConfig if is_finetuning(tree) else PretrainConfig).model_validate(tree)
     except FileNotFoundError:
         run.notices.append("config.yaml is missing.")
     except (OSError, ValueError, yaml.YAMLError) as problem:

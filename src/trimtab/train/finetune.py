@@ -130,7 +130,6 @@ class _Run(Session[FinetuneConfig]):
             batches=batches,
             saver=saver,
             micro_batch=micro,
-            clip=config.train.clip,
             eval_every=config.eval.every or batches.per_epoch,
             evaluate=evaluate,
             evaluated=evaluated,

@@ -92,10 +92,15 @@ class ProgressLine:
         kind, step = record["event"], record["step"]
         if kind == "eval":
             label = "merged model, validation" if record.get("merged") else "validation"
-            self._print(
-                f"step {step}  {label}: loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}  "
-                f"{record['bits_per_byte']:.4f} bits/byte  ({record['tokens']:,} tokens)"
-            )
+            if "scores" in record:
+                label = (
+                    "scores"
+                    if not record.get("final")
+                    else "final scores, merged"
+                    if record.get("merged")
+                    else "final scores"
+                )
+            self._print(f"step {step}  {label}: {_figures(record)}")
         elif kind in ("restart", "switch", "stop", "resume"):
             rest = {key: value for key, value in record.items() if key not in ("event", "step", "time")}
             details = "  ".join(f"{key} {value}" for key, value in rest.items())
@@ -103,3 +108,14 @@ class ProgressLine:
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _figures(record: dict[str, Any]) -> str:
+    """The figures of an evaluation: a task's scores by split, or those of a text."""
+    if "scores" in record:
+        splits = record["scores"].items()
+        return "   ".join(f"{s}: " + "  ".join(f"{name} {value:.4g}" for name, value in v.items()) for s, v in splits)
+    return (
+        f"loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}  "
+        f"{record['bits_per_byte']:.4f} bits/byte  ({record['tokens']:,} tokens)"
+    )

@@ -134,7 +134,6 @@ class _Run(Session[PretrainConfig]):
             batches=batches,
             saver=self.saver(model, adapter, optimizer, extra, checkpoint),
             micro_batch=config.train.micro_batch,
-            clip=config.train.clip,
             eval_every=config.eval.every,
             evaluate=lambda step: self._evaluate(model, objective, store, config.eval.tokens),
             trainable_changed=trainable_changed,

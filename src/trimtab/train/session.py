@@ -200,6 +200,7 @@ class Session(Generic[Config]):
                     lr=config.optim.lr,
                     warm_start_lr=config.optim.warm_start_lr,
                     stop_at=config.stop_at,
+                    clip=config.clip,
                     checkpoint_every=config.checkpoint.every,
                     device=self.device,
                     **parts,
