@@ -11,6 +11,7 @@ sequence; positions begin anew with each, and a mask keeps them from seeing each
 from __future__ import annotations
 
 import functools
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -172,41 +173,28 @@ class LayCausal:
 def pack(lengths: Sequence[int], limit: int) -> tuple[list[list[int]], int]:
     """Lay sequences into rows of one width, several to a row; the fewest positions in all, then the narrowest rows.
 
-    The width lies between the longest sequence and `limit`; for each width that is tried, sequences go, longest
-    first, to the fullest row that has room for them (best fit decreasing).
+    For each number of rows, sequences go, longest first, to the row that is shortest so far; the width is then that of
+    the longest row, at most 4/3 of the least there could be (Graham, "Bounds on Multiprocessing Timing Anomalies",
+    1969), and must not exceed `limit`, unless one sequence does.
 
     Returns:
         The numbers of the sequences in each row, and the width.
     """
     order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
-    longest, total = lengths[order[0]], sum(lengths)
+    limit = max(limit, lengths[order[0]])
     best: tuple[int, int, list[list[int]]] | None = None
-    for rows in range(len(lengths), 0, -1):
-        width = max(longest, -(-total // rows))
-        if width > max(limit, longest):
-            break
-        bins = _fit(lengths, order, width)
-        used = max(sum(lengths[n] for n in members) for members in bins)
-        area = len(bins) * used
-        if best is None or (area, used) < best[:2]:
-            best = (area, used, bins)
-    assert best is not None
+    for rows in range(-(-sum(lengths) // limit), len(lengths) + 1):
+        bins: list[list[int]] = [[] for _ in range(rows)]
+        heap = [(0, row) for row in range(rows)]
+        for n in order:
+            filled, row = heap[0]
+            bins[row].append(n)
+            heapq.heapreplace(heap, (filled + lengths[n], row))
+        width = max(heap)[0]
+        if width <= limit and (best is None or (rows * width, width) < best[:2]):
+            best = (rows * width, width, bins)
+    assert best is not None  # a row for each is always one of them
     return best[2], best[1]
-
-
-def _fit(lengths: Sequence[int], order: Sequence[int], width: int) -> list[list[int]]:
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for n in order:
-        fits = [(left, number) for number, left in enumerate(room) if left >= lengths[n]]
-        if fits:
-            _, number = min(fits)
-            bins[number].append(n)
-            room[number] -= lengths[n]
-        else:
-            bins.append([n])
-            room.append(width - lengths[n])
-    return bins
 
 
 def _within(lengths: Tensor, width: int) -> Tensor:
