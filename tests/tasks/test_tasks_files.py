@@ -95,6 +95,8 @@ def test_only_what_is_scored_is_read(tmp_path: Path) -> None:
     names = ("bad", "good", "so so")
     assert list(Classification(train=none, validation=dev, labels=names).load(training=False).splits) == ["validation"]
     assert Classification(train=dev, validation=dev).load(training=False).labels == names
+    drawn = Classification(train=jsonl(tmp_path / "t.jsonl", reviews(99)))
+    assert drawn.load(training=False).splits == {"validation": drawn.load().splits["validation"]}
     for task in (Classification(train=none, validation=dev), Language(train=none)):
         with pytest.raises(DataError, match=r"^task\.train: .* does not exist"):
             task.load(training=False)
@@ -143,6 +145,9 @@ def test_labels_that_training_has_not(tmp_path: Path) -> None:
             task.load()
     with pytest.raises(DataError, match=r"^task\.train: .*g\.jsonl:2: the label 'bad' .*\('good', 'Good'\)"):
         Classification(train=good, validation=good, labels=("good", "Good")).load()
+    many = jsonl(tmp_path / "m.jsonl", reviews(99))
+    with pytest.raises(DataError, match=r"^task\.train: .*m\.jsonl:"):
+        Classification(train=many, labels=("x", "y")).load(training=False)
 
 
 def test_what_cannot_be_trained_on(tmp_path: Path) -> None:
@@ -169,6 +174,7 @@ def test_what_cannot_be_trained_on(tmp_path: Path) -> None:
     [
         ({"validation": "v", "validation_share": 0.1}, "validation_share = 0.1 draws what `validation` gives"),
         ({"labels": ["a", " a"]}, "each once"),
+        ({"labels": ["a", " "]}, "each once"),
         ({"labels": ["a"]}, "two classes or more"),
         ({"pair": "text"}, "'text' is given twice"),
         ({"label": "text"}, "'text' is given twice"),

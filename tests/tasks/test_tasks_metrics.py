@@ -83,7 +83,7 @@ def test_constant_answers_give_zero_and_no_warning() -> None:
         assert -1.0 <= metric([1.0, 1.0, 1.0 + 1e-15], [1.0, 2.0, 3.0]) <= 1.0
     assert metrics.matthews([1, 1, 1], [0, 1, 1]) == 0.0
     assert metrics.matthews([1, 1], [1, 1]) == 0.0
-    assert metrics.f1([0, 0], [0, 1]) == 0.0
+    assert metrics.f1([0, 0], [0, 1]) == metrics.f1([0, 0], [0, 0]) == 0.0
     assert metrics.macro_f1([None, None], [0, 1]) == 0.0
 
 
