@@ -86,10 +86,10 @@ def mse(predictions: Sequence[float | None], labels: Sequence[float]) -> float:
 
 def _correlation(name: str, predictions: Sequence[float | None], labels: Sequence[float]) -> float:
     found, truth = _values(predictions, labels)
-    if len(truth) < 2 or np.ptp(found) == 0 or np.ptp(truth) == 0:
+    if len(truth) < 2:
         return 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of nearly constant values, whose correlation is rounding
+        warnings.simplefilter("ignore")  # of constant values, which give NaN, and of nearly constant ones
         value = float(getattr(_module("scipy.stats"), name)(found, truth).statistic)
     return value if math.isfinite(value) else 0.0
 
