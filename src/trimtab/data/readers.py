@@ -81,27 +81,39 @@ def probe(inputs: Sequence[Input], text_field: str) -> None:
 def _txt(source: Input, text_field: str, first: int) -> Iterator[_Row]:
     if first > 0:
         return
-    with _opening(source.path), open(source.path, "rb") as file:
+    with opening(source.path), open(source.path, "rb") as file:
         data = file.read()
-    yield _Row(0, _decode(data, source.path, 0, first=True), len(data), source.path)
+    yield _Row(0, decode(data, source.path, 0, first=True), len(data), source.path)
 
 
 def _json_lines(source: Input, text_field: str, first: int) -> Iterator[_Row]:
-    chunks = {"jsonl": _plain, "jsonl.gz": _gzip, "jsonl.zst": _zstd}[source.kind](source.path)
-    offset = 0
-    for number, line in enumerate(_lines(chunks)):
-        if number >= first and line.strip():
+    for number, offset, line in json_lines(source.path, source.kind):
+        if number >= first:
             where = f"{source.path}:{number + 1}"
-            text = _decode(line, source.path, offset, first=number == 0)
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: this line is not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: this line is not a JSON object but a {type(row).__name__}")
+            row = json_object(decode(line, source.path, offset, first=number == 0), where)
             read = len(line) if source.kind == "jsonl" else None
             yield _Row(number, _field(row, text_field, where), read, where)
+
+
+def json_lines(path: str, kind: str) -> Iterator[tuple[int, int, bytes]]:
+    """The number (from 0), the offset in bytes and the bytes of each line of a .jsonl, packed or not; no blank ones."""
+    chunks = {"jsonl": _plain, "jsonl.gz": unpack_gzip, "jsonl.zst": _zstd}[kind](path)
+    offset = 0
+    for number, line in enumerate(_lines(chunks)):
+        if line.strip():
+            yield number, offset, line
         offset += len(line)
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """The object that a line of JSON holds; `where` is the line's place, for errors."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: this line is not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: this line is not a JSON object but a {type(row).__name__}")
+    return row
 
 
 def _parquet(source: Input, text_field: str, first: int) -> Iterator[_Row]:
@@ -128,7 +140,7 @@ def _parquet(source: Input, text_field: str, first: int) -> Iterator[_Row]:
     except UnicodeDecodeError as error:
         raise DataError(f"{source.path}: a text in field {text_field!r} is not UTF-8 ({error.reason})") from error
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{source.path}: cannot be read as Parquet ({_one_line(error)})") from error
+        raise DataError(f"{source.path}: cannot be read as Parquet ({one_line(error)})") from error
 
 
 def _hub(source: Input, text_field: str, first: int) -> Iterator[_Row]:
@@ -148,7 +160,7 @@ def _hub(source: Input, text_field: str, first: int) -> Iterator[_Row]:
         except Exception as error:
             raise DataError(
                 f"dataset {source.path!r}: reading stopped at row {number} ({type(error).__name__}: "
-                f"{_one_line(error)}); run again to go on from there"
+                f"{one_line(error)}); run again to go on from there"
             ) from error
         if row is None:
             return
@@ -168,19 +180,20 @@ _READERS: dict[str, Callable[[Input, str, int], Iterator[_Row]]] = {
 
 
 def _plain(path: str) -> Iterator[bytes]:
-    with _opening(path), open(path, "rb") as file:
+    with opening(path), open(path, "rb") as file:
         while chunk := file.read(_READ_SIZE):
             yield chunk
 
 
-def _gzip(path: str) -> Iterator[bytes]:
-    with _opening(path):
+def unpack_gzip(path: str) -> Iterator[bytes]:
+    """What a gzip file holds, in chunks."""
+    with opening(path):
         try:
             with gzip.open(path, "rb") as file:
                 while chunk := file.read(_READ_SIZE):
                     yield chunk
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: damaged or cut short ({_one_line(error)})") from error
+            raise DataError(f"{path}: damaged or cut short ({one_line(error)})") from error
 
 
 def _zstd(path: str) -> Iterator[bytes]:
@@ -191,7 +204,7 @@ def _zstd(path: str) -> Iterator[bytes]:
     # Files packed with --long need a window above the default limit.
     unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     try:
-        with _opening(path), open(path, "rb") as file:
+        with opening(path), open(path, "rb") as file:
             frame = None
             while chunk := file.read(_READ_SIZE):
                 while chunk:
@@ -202,7 +215,7 @@ def _zstd(path: str) -> Iterator[bytes]:
             if frame is not None:  # the stream reader of this library would end here in silence
                 raise DataError(f"{path}: damaged or cut short (the last frame has no end)")
     except zstandard.ZstdError as error:
-        raise DataError(f"{path}: damaged or cut short ({_one_line(error)})") from error
+        raise DataError(f"{path}: damaged or cut short ({one_line(error)})") from error
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -221,7 +234,7 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 @contextmanager
-def _opening(path: str) -> Iterator[None]:
+def opening(path: str) -> Iterator[None]:
     """Turn what the system says of a file into a DataError."""
     try:
         yield
@@ -229,12 +242,13 @@ def _opening(path: str) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _decode(data: bytes, path: str, offset: int, *, first: bool) -> str:
+def decode(data: bytes, where: str, offset: int, *, first: bool) -> str:
+    """UTF-8 as text; `offset` is where `data` begins in its file, `first` whether a byte-order mark may lead it."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); convert it first, "
+            f"{where}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); convert it first, "
             "for example with iconv"
         ) from error
     return text.removeprefix("\ufeff") if first else text  # a byte-order mark is no text
@@ -254,6 +268,7 @@ def _no_field(where: str, text_field: str, names: Sequence[str]) -> DataError:
     return DataError(f"{where}: no field data.text_field={text_field!r}; the fields are {there}")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -93,7 +93,7 @@ def _inputs(source: str | HubSource, part: Part, pins: dict[str, str | None] | N
     if isinstance(source, HubSource):
         yield _dataset(source, part, pins)
         return
-    path = _package_path(source) if source.startswith("package:") else Path(source).expanduser()
+    path = package_file(source, "data.sources") if source.startswith("package:") else Path(source).expanduser()
     if path.is_file():
         kind = _kind(path)
         if kind is None:
@@ -101,7 +101,7 @@ def _inputs(source: str | HubSource, part: Part, pins: dict[str, str | None] | N
         yield _file(path, path.name, kind, part)
     elif path.is_dir():
         found = False
-        for file in sorted(_walk(path), key=lambda p: p.relative_to(path).as_posix()):
+        for file in sorted(walk(path), key=lambda p: p.relative_to(path).as_posix()):
             kind = _kind(file)
             if kind is not None:
                 found = True
@@ -112,7 +112,7 @@ def _inputs(source: str | HubSource, part: Part, pins: dict[str, str | None] | N
         raise DataError(f"data.sources: {source!r} does not exist (a dataset by name is written {{dataset: NAME}})")
 
 
-def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterable[Path]:
+def walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterable[Path]:
     """Files below `folder`; nothing whose name begins with a dot, and no link back to a folder above."""
     here = folder.resolve()
     if here in above:
@@ -121,7 +121,7 @@ def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterable[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _walk(entry, above | {here})
+            yield from walk(entry, above | {here})
         elif entry.is_file():
             yield entry
 
@@ -135,12 +135,16 @@ def _file(path: Path, name: str, kind: Kind, part: Part) -> Input:
     return Input(kind, name, part, str(path), size=status.st_size, modified=status.st_mtime_ns)
 
 
-def _package_path(source: str) -> Path:
-    """`package:NAME/FOLDER`, found without importing the package (its own imports may not be installed)."""
+def package_file(source: str, setting: str) -> Path:
+    """`package:NAME/PATH`, found without importing the package (its own imports may not be installed).
+
+    Raises:
+        DataError: there is no such package; the message begins with `setting`, which named it.
+    """
     name, _, rest = source.removeprefix("package:").partition("/")
     found = package_path(name, rest)
     if found is None:
-        raise DataError(f"data.sources: {source!r} needs the Python package {name!r}, which is not installed here")
+        raise DataError(f"{setting}: {source!r} needs the Python package {name!r}, which is not installed here")
     return found
 
 
@@ -172,11 +176,13 @@ def _commit(source: HubSource) -> str | None:
         raise hub_error(source.dataset, error) from error
 
 
-def hub_error(dataset: str, error: BaseException) -> DataError:
+def hub_error(
+    dataset: str, error: BaseException, remedy: str = "run again (what is tokenized is kept), or give local files"
+) -> DataError:
     """One line for whatever the hub's libraries raised."""
     lines = str(error).strip().splitlines()
     reason = type(error).__name__ + (f": {lines[0].strip()}" if lines else "")
     return DataError(
         f"dataset {dataset!r} could not be had from the Hugging Face hub ({reason}); check its name, subset, split "
-        "and the network and run again (what is tokenized is kept), or give local files"
+        f"and the network and {remedy}"
     )
