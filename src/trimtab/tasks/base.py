@@ -139,6 +139,11 @@ class Task(Settings, abc.ABC):
             ConfigError: settings that do not go together.
         """
 
+    @property
+    def decoding(self) -> Mapping[str, Any]:
+        """How its papers generate, as settings of `transformers`' `generate`; empty where any way will do."""
+        return {}
+
     def as_text(self, example: Labelled, labels: Sequence[str]) -> Written:
         """A labelled example for a model that writes; the reference is the word of its label.
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO, Any
 
 from trimtab.errors import ConfigError
-from trimtab.tasks.pairs import check_pairs, need
+from trimtab.tasks.pairs import check_pairs, find_jar, need
 from trimtab.tasks.ptb import tokenize
 
 #: Why the papers' column is empty where no jar was given.
@@ -48,9 +47,7 @@ def meteor(
         ConfigError: the jar does not exist, Java cannot run it, or it answers with something else than numbers.
     """
     check_pairs(hypotheses, references)
-    path = Path(jar).expanduser().resolve()
-    if not path.is_file():
-        raise ConfigError(f"meteor_jar = {jar!r}: no such file; give the path of meteor-1.5.jar, or leave it out")
+    path = find_jar(jar, "meteor_jar")
     words = (" ".join(line).replace("|||", "") for line in tokenize(_flat(hypotheses, references), tokenizer_jar))
     wanted = [" ||| ".join(next(words) for _ in texts) for texts in references]
     asked = [f"SCORE ||| {texts} ||| {next(words)}" for texts in wanted]
@@ -58,14 +55,9 @@ def meteor(
     # Where the locale is not UTF-8, Java before 18 would read the words as something else.
     command = ["java", "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(path), "-", "-", "-stdio", "-l", "en", "-norm"]
     with tempfile.TemporaryFile() as errors:
-        try:
-            program = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=path.parent, encoding="utf-8"
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"meteor_jar = {jar!r}: Java cannot be run ({error}); install it, or leave the setting out"
-            ) from error
+        program = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=path.parent, encoding="utf-8"
+        )
         try:
             return 100 * _ask(program, asked, errors, jar)
         finally:

@@ -73,9 +73,7 @@ class _Vector(NamedTuple):
     length: int
 
 
-def cider(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], *, tokenizer_jar: str | None = None
-) -> float:
+def cider(hypotheses: Sequence[str], references: Sequence[Sequence[str]], *, tokenizer_jar: str | None = None) -> float:
     """CIDEr over the corpus: between 0 and 10, and 0 where there is one example (then no word is informative).
 
     Weights are tf-idf, where a document is all references of one example. For each order 1-4, the similarity of a

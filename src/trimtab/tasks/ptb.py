@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 from trimtab.errors import ConfigError
+from trimtab.tasks.pairs import find_jar
 
 _PUNCTUATION = frozenset(["''", "'", "``", "`", *".?!,:;-", "--", "..."])
 
@@ -65,7 +65,7 @@ def tokenize(texts: Sequence[str], jar: str | None = None) -> list[list[str]]:
 
 
 def _tokens(line: str) -> list[str]:
-    found = []
+    found: list[str] = []
     for match in _TOKEN.finditer(line.translate(_SPELLED)):
         token = match.group().lower()
         if token in _TWO_WORDS:
@@ -82,15 +82,10 @@ def _tokens(line: str) -> list[str]:
 
 
 def _run(lines: list[str], jar: str) -> list[list[str]]:
-    path = Path(jar).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"tokenizer_jar = {jar!r}: no such file; give the path of stanford-corenlp-3.4.1.jar")
+    path = find_jar(jar, "tokenizer_jar")
     command = ["java", "-cp", str(path), "edu.stanford.nlp.process.PTBTokenizer"]
     command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
-    try:
-        done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"tokenizer_jar = {jar!r}: Java cannot be run ({error}); install it, or leave the setting out") from error
+    done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, encoding="utf-8")
     found = [line.split() for line in done.stdout.split("\n")[: len(lines)]]
     if done.returncode or len(found) != len(lines):
         reason = (done.stderr.strip().splitlines() or ["it wrote no line for some texts"])[0]
