@@ -52,5 +52,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
-	$(PIP) install -e '.[dev,demo,bnb,gguf,peft,tensorboard,zst]' -c constraints.txt
+	$(PIP) install -e '.[dev,demo,bnb,gguf,peft,tasks,tensorboard,zst]' -c constraints.txt
 	@touch $@

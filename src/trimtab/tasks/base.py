@@ -139,6 +139,11 @@ class Task(Settings, abc.ABC):
             ConfigError: settings that do not go together.
         """
 
+    @property
+    def decoding(self) -> Mapping[str, Any]:
+        """How its papers generate, as settings of `transformers`' `generate`; empty where any way will do."""
+        return {}
+
     def as_text(self, example: Labelled, labels: Sequence[str]) -> Written:
         """A labelled example for a model that writes; the reference is the word of its label.
 
@@ -150,11 +155,6 @@ class Task(Settings, abc.ABC):
     def read_answer(self, text: str, labels: Sequence[str]) -> float | None:
         """The label that a model wrote, or None where it is none (such answers count as wrong)."""
         raise ConfigError(f"task.name = {self.name}: has no labels to be written as words")
-
-    @property
-    def decoding(self) -> Mapping[str, Any]:
-        """How answers are searched: settings of transformers' `generate`; none is greedy."""
-        return {}
 
     @abc.abstractmethod
     def score(self, split: str, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
