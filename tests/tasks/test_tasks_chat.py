@@ -43,6 +43,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": ASKED, "input": "", "output": ANSWER, "text": "..."},
     "alpaca without input": {"instruction": ASKED, "output": ANSWER},
     "dolly": {"instruction": ASKED, "context": None, "response": ANSWER, "category": "qa"},
+    "dolly in a table with an empty column": {"instruction": ASKED, "output": None, "response": ANSWER},
+    "messages of OpenAI": {"messages": [SIMPLE_TURNS[0], {**SIMPLE_TURNS[1], "weight": 1, "tool_calls": None}]},
     "sharegpt": {"id": "7", "conversations": turns(("human", ASKED), ("gpt", ANSWER), role="from", words="value")},
 }  # fmt: skip
 

@@ -90,6 +90,26 @@ def test_many_chats_are_encoded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     chats = [ONE, TWO, SYSTEM, ODD, ONE, SYSTEM, TWO]
     assert encode_chats(tokenizer, chats) == [encode_chat(tokenizer, c) for c in chats]
     assert encode_chats(tokenizer, []) == []
+    with pytest.raises(DataError, match=r"^chat 5 of 5: the chat has no answer"):
+        encode_chats(tokenizer, [*chats[:4], chat("Hi")])
+
+
+def test_a_rendering_that_only_begins_like_its_skeleton_goes_the_long_way() -> None:
+    """A template that writes something behind some chats alone."""
+    tokenizer = chat_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                               "{% if add_generation_prompt %}assistant: {% elif 'b' in messages[-1].content %}Bye"
+                               "{% endif %}")  # fmt: skip
+    for words, learned in (("a", "a\n"), ("b", "b\nBye")):
+        (said,) = spoken(tokenizer, *encode_chat(tokenizer, chat("Hi", words)))
+        assert said.removeprefix(" ") == learned
+
+
+def test_a_truncation_that_somebody_set_cuts_nothing() -> None:
+    """transformers leaves in the tokenizer what its last call asked for."""
+    tokenizer = chat_tokenizer(CHATML, pad_token="</s>")
+    whole = encode_chat(tokenizer, TWO)
+    tokenizer(["a b c d e f", "g"], truncation=True, max_length=3, padding="max_length")
+    assert encode_chats(tokenizer, [TWO, ONE])[0] == whole
 
 
 def test_nothing_after_the_last_answer_is_learned() -> None:

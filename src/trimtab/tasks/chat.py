@@ -147,7 +147,7 @@ def _messages(row: Row, setting: str) -> list[Message]:
 
 
 def _sharegpt(row: Row, setting: str) -> list[Message]:
-    return _turns(row, setting, _LISTS[::-1], "from", "value", _SHAREGPT_ROLES)
+    return _turns(row, setting, _LISTS, "from", "value", _SHAREGPT_ROLES)
 
 
 def _prompt(row: Row, setting: str) -> list[Message]:
@@ -205,9 +205,7 @@ def _turns(
         where = f"{row.where}, turn {number} of {column!r}"
         if not isinstance(turn, Mapping) or role not in turn or words not in turn:
             fields = ", ".join(map(repr, turn)) if isinstance(turn, Mapping) else repr(turn)[:40]
-            raise DataError(
-                f"{setting}: {where}: a turn has the fields {role!r} and {words!r}; this one is {fields or 'empty'}"
-            )
+            raise DataError(f"{setting}: {where}: a turn has {role!r} and {words!r}, not {fields or 'nothing'}")
         who = turn[role]
         if not isinstance(who, str) or who not in roles:
             raise DataError(f"{setting}: {where}: the {role} {who!r} is none of {', '.join(roles)}")
