@@ -146,8 +146,8 @@ def test_a_merged_model_is_saved_when_asked(save: str, place: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("family", "task", "scored"),
     [
-        ("llama", {"name": "seq2seq", "train": "pairs.jsonl", "source": "source", "target": "target"}, "rouge1"),
-        ("t5", {"name": "seq2seq", "train": "pairs.jsonl", "source": "source", "target": "target"}, "rouge1"),
+        ("llama", {"name": "seq2seq", "train": "pairs.jsonl", "source": "source", "target": "target"}, "ROUGE-1"),
+        ("t5", {"name": "seq2seq", "train": "pairs.jsonl", "source": "source", "target": "target"}, "ROUGE-1"),
         ("llama", {"name": "classification", "train": "labelled.jsonl"}, "accuracy"),
         ("t5", {"name": "classification", "train": "labelled.jsonl"}, "accuracy"),
         ("llama", {"name": "chat", "train": "chats.jsonl"}, "perplexity"),
