@@ -17,6 +17,7 @@ import typer
 
 from trimtab import __version__
 from trimtab.clierrors import INTERRUPTED, USER_ERROR, Fault, one_line_errors
+from trimtab.clieval import EVAL, EvalCommand, evaluate
 from trimtab.cliexport import EXPORT, MERGE, ExportCommand, MergeCommand, export, merge
 from trimtab.clifinetune import FINETUNE, finetune
 from trimtab.cliparts import (
@@ -223,6 +224,7 @@ def tokenize(words: Words = None) -> int:
 
 
 app.command(cls=RunCommand, help=FINETUNE, short_help="Fine-tune a checkpoint for a task.")(finetune)
+app.command(name="eval", cls=EvalCommand, help=EVAL, short_help="Score a model or runs on a task.")(evaluate)
 app.command(cls=MergeCommand, help=MERGE, short_help="Merge an adapter into a checkpoint, file by file.")(merge)
 app.command(cls=ExportCommand, help=EXPORT, short_help="Write an update as a LoRA, or a model or LoRA for llama.cpp.")(
     export

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trimtab.config import Misfit, ModelConfig, NonNegativeInt, PositiveInt, RunConfig, ScheduleConfig
+from trimtab.config import LossConfig, Misfit, ModelConfig, NonNegativeInt, PositiveInt, RunConfig, ScheduleConfig
 from trimtab.settings import Settings
 from trimtab.tasks import TaskField
 from trimtab.tasks.base import Convention
 
 #: Epochs of a run that names neither epochs nor steps.
 DEFAULT_EPOCHS = 3.0
+#: The longest sequence where nothing else is said.
+DEFAULT_LENGTH = 512
 
 
 class TaskModelConfig(ModelConfig):
@@ -32,7 +35,7 @@ class ExamplesConfig(Settings):
     """How examples become sequences and batches.
 
     Args:
-        seq_len: the longest sequence, in tokens.
+        seq_len: the longest sequence, in tokens; None is 512, or as many as the model has positions.
         too_long: what becomes of a longer one: "cut" (labelled texts lose the end of the longer text, answers their
             end), "skip" (and count), or "error".
         packing: examples of one micro-batch share sequences, and do not see each other; of causal models alone.
@@ -40,10 +43,16 @@ class ExamplesConfig(Settings):
             from epoch to epoch. It has no effect where examples are packed.
     """
 
-    seq_len: Annotated[int, Field(ge=2)] = 512
+    seq_len: Annotated[int, Field(ge=2)] | None = None
     too_long: Literal["cut", "skip", "error"] = "cut"
     packing: bool = True
     group_by_length: bool = True
+
+    @property
+    def length(self) -> int:
+        """The longest sequence, once the model is known."""
+        assert self.seq_len is not None
+        return self.seq_len
 
 
 class TaskTrainConfig(Settings):
@@ -154,6 +163,20 @@ class FinetuneConfig(RunConfig):
         return full
 
 
+class ScoreConfig(Settings):
+    """Everything that decides what `trimtab eval` measures: a model, perhaps an adapter on it, and a task."""
+
+    model: TaskModelConfig
+    adapter: Path | None = None
+    task: TaskField
+    data: ExamplesConfig = ExamplesConfig()
+    loss: LossConfig = LossConfig()
+    eval: TaskEvalConfig = TaskEvalConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
 def is_finetuning(tree: object) -> bool:
     """Whether a configuration, as it stands in a run's folder, is of this kind."""
     return isinstance(tree, dict) and "task" in tree
@@ -163,6 +186,7 @@ __all__ = [
     "DEFAULT_EPOCHS",
     "ExamplesConfig",
     "FinetuneConfig",
+    "ScoreConfig",
     "TaskEvalConfig",
     "TaskModelConfig",
     "TaskTrainConfig",

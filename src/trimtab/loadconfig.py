@@ -7,8 +7,9 @@ two versions differ: `no` and `on` are words, `1e-3` is a number, a date is a wo
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from trimtab.configerrors import (
 from trimtab.errors import ConfigError
 from trimtab.settings import annotation_parts
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=BaseModel)
 
 _FLOAT = re.compile(
     r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|nan))$"
@@ -75,7 +76,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> PretrainCon
     return load_tree(PretrainConfig, path, overrides)
 
 
-def load_tree(kind: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_tree(
+    kind: type[Config], path: Path | None, overrides: Sequence[str] = (), start: Mapping[str, Any] | None = None
+) -> Config:
     """Read a run's configuration.
 
     Args:
@@ -83,12 +86,13 @@ def load_tree(kind: type[Config], path: Path | None, overrides: Sequence[str] = 
         path: a YAML file; None when everything stands in `overrides`.
         overrides: words `section.key=value`, applied in order over the file; a value is read as YAML, so
             that `data.sources=[a.txt, b.txt]` is a list and `optim.warm_start_lr=null` takes a default.
+        start: what stands there before the overrides, in place of a file.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong; the message is one line.
     """
     origins = Origins(path, kind)
-    tree: Tree = {} if path is None else _read_yaml(path, origins)
+    tree: Tree = copy.deepcopy(dict(start or {})) if path is None else _read_yaml(path, origins)
     for word in overrides:
         _apply(tree, word, origins)
     _empty_sections(tree, kind)

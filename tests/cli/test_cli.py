@@ -197,8 +197,8 @@ def test_a_console_without_a_reader_falls_silent() -> None:
     """Training goes on when nobody reads its output any more."""
     code = (
         "import sys, os, signal\n"
-        "from trimtab.cli import _console\n"
-        "console = _console()\n"
+        "from trimtab.cliparts import open_console\n"
+        "console = open_console()\n"
         "for n in range(3000): console.print('x' * 100)\n"
         "print('still there', file=sys.stderr)"
     )

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trimtab.errors import ConfigError, DataError
-from trimtab.finetuneconfig import TaskModelConfig
+from trimtab.finetuneconfig import DEFAULT_LENGTH, TaskModelConfig
 from trimtab.models.load import checkpoint_activations, load_with, read_config
 from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Form
@@ -99,8 +99,10 @@ def head_settings(reading: Reading, form: Form, labels: Sequence[str], pad_id: i
     return settings
 
 
-def build_task_model(config: TaskModelConfig, reading: Reading, settings: dict[str, Any], seed: int) -> PreTrainedModel:
-    """The model in fp32 on the CPU; a new head is drawn from `seed` by the model's own rules.
+def build_task_model(
+    config: TaskModelConfig, reading: Reading, settings: dict[str, Any], seed: int
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model in fp32 on the CPU, and the names of its new tensors: a head, drawn from `seed`.
 
     Raises:
         ConfigError: there is no such model, it cannot be reached or read, or tensors beside the head are missing.
@@ -125,7 +127,7 @@ def build_task_model(config: TaskModelConfig, reading: Reading, settings: dict[s
         )
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    return model
+    return model, missing
 
 
 def shadow_task_model(config: TaskModelConfig, hf: Any, reading: Reading, settings: dict[str, Any]) -> PreTrainedModel:
@@ -166,11 +168,11 @@ def task_tokenizer(config: TaskModelConfig) -> Any:
     return tokenizer
 
 
-def check_fit(config: TaskModelConfig, hf: Any, tokenizer: Any, seq_len: int) -> None:
-    """Refuse a tokenizer or a sequence length that does not fit the model.
+def fitting_length(config: TaskModelConfig, hf: Any, tokenizer: Any, seq_len: int | None) -> int:
+    """The longest sequence: as given, or 512 and at most the model's positions.
 
     Raises:
-        ConfigError: it has more words, or positions are too few.
+        ConfigError: the tokenizer has more words than the model, or its positions are too few.
     """
     text = hf.get_text_config() if hasattr(hf, "get_text_config") else hf
     words = getattr(text, "vocab_size", None)
@@ -180,5 +182,8 @@ def check_fit(config: TaskModelConfig, hf: Any, tokenizer: Any, seq_len: int) ->
             f"embeddings for {words:,}; give the model's own tokenizer"
         )
     positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and 0 < positions < seq_len:
+    if positions is None or positions <= 0:
+        return seq_len or DEFAULT_LENGTH
+    if seq_len is not None and positions < seq_len:
         raise ConfigError(f"data.seq_len: {seq_len} is longer than the {positions} positions of {config.name}")
+    return seq_len or min(DEFAULT_LENGTH, int(positions))

@@ -6,18 +6,18 @@ Whatever is wrong with the task, the tokenizer, the model's kind or the method i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from trimtab.errors import CannotSave, ConfigError, DataError
-from trimtab.finetuneconfig import FinetuneConfig
+from trimtab.finetuneconfig import ExamplesConfig, FinetuneConfig, ScoreConfig
 from trimtab.methods.base import Method
 from trimtab.methods.registry import attach
 from trimtab.models.load import read_config
 from trimtab.models.taskmodel import (
-    check_fit,
+    fitting_length,
     head_settings,
     reading_of,
     shadow_task_model,
@@ -29,6 +29,8 @@ from trimtab.tasks.encode import Encoder, Reading
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.objective import Objective
 from trimtab.train.scoring import Scorer
+
+Config = TypeVar("Config", FinetuneConfig, ScoreConfig)
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,14 @@ def prepare(config: FinetuneConfig) -> Material:
     Raises:
         TrimtabError: what is wrong, in one line.
     """
-    hf = read_config(config.model.name)
-    reading = reading_of(config.model, hf, config.task.form)
-    tokenizer = task_tokenizer(config.model)
-    check_fit(config.model, hf, tokenizer, config.data.seq_len)
-    if reading != "head" and tokenizer.eos_token_id is None:
-        raise DataError("model.tokenizer: it has no token that ends a text, which a model that writes has to learn")
+    config, hf, reading, tokenizer = open_parts(config)
     loaded = config.task.load(config.seed)
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
     method = config.method.for_finetuning(config.seed, new_head=reading == "head")
     _check_method(config, method, shadow_task_model(config.model, hf, reading, settings))
 
-    encoder = Encoder(tokenizer, reading, config.data.seq_len, config.data.too_long)
-    collate = collate_for(reading, tokenizer, hf, config)
+    encoder = Encoder(tokenizer, reading, config.data.length, config.data.too_long)
+    collate = collate_for(reading, tokenizer, hf, config.model.name, config.data)
     train: list[Example] = list(loaded.splits["train"])
     scorer = Scorer(config.task, loaded, reading, encoder, collate, config.eval)
     encoded = encoder(scorer.as_written(train), "train")
@@ -100,18 +97,31 @@ def prepare(config: FinetuneConfig) -> Material:
     )
 
 
-def collate_for(reading: Reading, tokenizer: Any, hf: Any, config: FinetuneConfig) -> Collate:
+def open_parts(config: Config) -> tuple[Config, Any, Reading, Any]:
+    """The configuration with its `data.seq_len`, the config of the model, how it reads the task, and its tokenizer.
+
+    Raises:
+        TrimtabError: one of them is missing, or they do not go together.
+    """
+    hf = read_config(config.model.name)
+    reading = reading_of(config.model, hf, config.task.form)
+    tokenizer = task_tokenizer(config.model)
+    data = config.data.model_copy(update={"seq_len": fitting_length(config.model, hf, tokenizer, config.data.seq_len)})
+    if reading != "head" and tokenizer.eos_token_id is None:
+        raise DataError("model.tokenizer: it has no token that ends a text, which a model that writes has to learn")
+    return config.model_copy(update={"data": data}), hf, reading, tokenizer
+
+
+def collate_for(reading: Reading, tokenizer: Any, hf: Any, name: str, data: ExamplesConfig) -> Collate:
     """Who makes tensors of examples, for a model that reads so."""
     pad = int(tokenizer.pad_token_id)
     if reading == "head":
         return PadHead(pad)
     if reading == "causal":
-        return LayCausal(pad, config.data.seq_len, config.data.packing)
+        return LayCausal(pad, data.length, data.packing)
     start = getattr(hf, "decoder_start_token_id", None)
     if start is None:
-        raise ConfigError(
-            f"model.name: the config of {config.model.name} has no decoder_start_token_id, its decoder's first token"
-        )
+        raise ConfigError(f"model.name: the config of {name} has no decoder_start_token_id, its decoder's first token")
     return PadPairs(pad, int(start))
 
 

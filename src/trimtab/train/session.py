@@ -84,6 +84,17 @@ def find_checkpoint(folder: Path, console: Console) -> tuple[Checkpoint, frozens
     return found, frozenset(damaged)
 
 
+def device_of(chosen: str) -> torch.device:
+    """The device of a setting.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = cuda, but torch sees no GPU here; use device=cpu or device=auto")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen)
+
+
 def say(console: Console, text: str) -> None:
     """A line of plain text, however wide."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -100,10 +111,7 @@ class Session(Generic[Config]):
     phases: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        chosen = self.config.device
-        if chosen == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device = cuda, but torch sees no GPU here; use device=cpu or device=auto")
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen)
+        self.device = device_of(self.config.device)
         self.dtype = DTYPES[self.config.dtype]
 
     def attach(self, model: Any, method: Method, checkpoint: Checkpoint | None) -> tuple[Adapter, Optimizer]:

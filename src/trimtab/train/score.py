@@ -1,0 +1,118 @@
+"""`eval`: the scores of a checkpoint, with or without an adapter, or of what a fine-tuning run left, on a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from trimtab.errors import CheckpointError, ConfigError
+from trimtab.finetuneconfig import FinetuneConfig, ScoreConfig, is_finetuning
+from trimtab.methods.registry import load_adapter
+from trimtab.models.taskmodel import build_task_model, head_settings
+from trimtab.tasks.base import Loaded
+from trimtab.tasks.encode import Encoder, Reading
+from trimtab.train.headobjective import HeadObjective
+from trimtab.train.material import collate_for, open_parts
+from trimtab.train.objective import Objective
+from trimtab.train.scoring import Scorer, Scores
+from trimtab.train.session import DTYPES, device_of
+
+
+def score(config: ScoreConfig) -> Scores:
+    """Score a model as `config` says; nothing is written.
+
+    Raises:
+        TrimtabError: whatever a user can mend, in one line.
+    """
+    config, hf, reading, tokenizer = open_parts(config)
+    loaded = config.task.load(config.seed, training=False)
+    if not loaded.scored:
+        raise ConfigError("task: there is no split to score; give task.validation or task.test")
+    settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
+    if reading == "head":
+        _check_labels(config, hf, loaded)
+    model = _model(config, reading, settings)
+    encoder = Encoder(tokenizer, reading, config.data.length, config.data.too_long)
+    collate = collate_for(reading, tokenizer, hf, config.model.name, config.data)
+    scorer = Scorer(config.task, loaded, reading, encoder, collate, config.eval)
+    objective = (
+        HeadObjective(model, len(loaded.labels))
+        if reading == "head"
+        else Objective(model, config.loss.chunked, config.loss.chunk)
+    )
+    return scorer(model, objective, examples=config.eval.examples)
+
+
+def build(config: ScoreConfig) -> nn.Module:
+    """The language model of a `ScoreConfig`, with its adapter, in eval mode.
+
+    Raises:
+        TrimtabError: it cannot be built.
+    """
+    config, _, reading, _ = open_parts(config)
+    return _model(config, reading, {})
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """The tree of a `ScoreConfig` for what a fine-tuning run left, to be changed and read.
+
+    Raises:
+        CheckpointError: the folder is no finished fine-tuning run.
+    """
+    try:
+        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{folder}: its config.yaml cannot be read: {error}") from None
+    if not is_finetuning(tree):
+        raise CheckpointError(
+            f"{folder} is a run of `trimtab pretrain`; name its model, {folder / 'model'}, and a task"
+        )
+    config = FinetuneConfig.model_validate(tree)
+    model, adapter = config.model.model_dump(mode="json"), folder / "adapter"
+    if not adapter.is_dir():
+        if not (folder / "model").is_dir():
+            raise CheckpointError(f"{folder} holds neither adapter/ nor model/: the run is not finished")
+        model |= {"name": str(folder / "model"), "tokenizer": None}
+    kept = ("task", "data", "loss", "eval", "device", "dtype", "seed")
+    dumped = config.model_dump(mode="json")
+    found: dict[str, Any] = {key: dumped[key] for key in kept}
+    return found | {"model": model, "adapter": str(adapter) if adapter.is_dir() else None}
+
+
+def _model(config: ScoreConfig, reading: Reading, settings: dict[str, Any]) -> nn.Module:
+    """The model with its adapter, in the compute dtype.
+
+    Raises:
+        ConfigError: its head is neither among its own tensors nor among the adapter's.
+    """
+    model, new = build_task_model(config.model, reading, settings, config.seed)
+    model.to(device=device_of(config.device), dtype=DTYPES[config.dtype])
+    given: set[str] = set()
+    if config.adapter is not None:
+        adapter = load_adapter(model, config.adapter)
+        given = {entry.name for entry in adapter.trainable()}
+    if lacking := [name for name in new if name not in given]:
+        where = config.model.name if config.adapter is None else f"{config.model.name} with {config.adapter}"
+        raise ConfigError(
+            f"model.name: {where} has no head for this task ({lacking[0]} would be random); fine-tune it first, or "
+            "give the adapter or the model that a run left"
+        )
+    if model.config.pad_token_id is None and "pad_token_id" in settings:
+        model.config.pad_token_id = settings["pad_token_id"]
+    found: nn.Module = model.eval()
+    return found
+
+
+def _check_labels(config: ScoreConfig, hf: Any, loaded: Loaded) -> None:
+    """A head whose classes have names must number them as the task does."""
+    named = [str(name) for _, name in sorted((getattr(hf, "id2label", None) or {}).items())]
+    if not loaded.labels or all(name.startswith("LABEL_") for name in named):
+        return
+    if set(named) == set(loaded.labels) and tuple(named) != tuple(loaded.labels):
+        raise ConfigError(
+            f"model.name: the head of {config.model.name} numbers its classes as {', '.join(named)}, and the task as "
+            f"{', '.join(loaded.labels)}; set task.labels=[{', '.join(named)}]"
+        )

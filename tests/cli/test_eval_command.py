@@ -1,0 +1,146 @@
+"""`trimtab eval`: what it measures equals what a run measured, and tables and files say it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints_for_tests import labelled_rows, save_checkpoint, sentences, write_rows
+
+from trimtab.cli import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints, a set, and two runs that differ in their seed."""
+    folder = tmp_path_factory.mktemp("eval")
+    for family in ("bert", "llama"):
+        save_checkpoint(folder / family, family)
+    write_rows(folder / "train.jsonl", labelled_rows(60))
+    write_rows(folder / "held-out.jsonl", labelled_rows(30, seed=1))
+    (folder / "text.txt").write_text(" ".join(sentences(8)), encoding="utf-8")
+    for seed in (0, 1):
+        task = {"name": "classification", "train": f"{folder}/train.jsonl", "validation": f"{folder}/held-out.jsonl"}
+        words = [f"model.name={folder}/bert", f"task={json.dumps(task)}", "method={name: lora}", "train.steps=6"]
+        assert call("finetune", *words, "dtype=fp32", f"seed={seed}", f"out={folder}", f"name=run{seed}") == 0
+    return folder
+
+
+def call(*words: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    return int(left.value.code or 0)
+
+
+def test_a_run_has_the_scores_that_it_measured(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place / "scores.json"
+    assert call("eval", str(place / "run0"), str(place / "run1"), "--out", str(out)) == 0
+    found = json.loads(out.read_text())
+    values = []
+    for seed in (0, 1):
+        own = json.loads((place / f"run{seed}" / "results.json").read_text())["scores"]["validation"]
+        assert found[str(place / f"run{seed}")]["scores"]["validation"] == pytest.approx(own, rel=1e-4)
+        values.append(own["loss"])
+    shown = capsys.readouterr().out
+    assert f"{sum(values) / 2:.4g} ± {abs(values[0] - values[1]) / math.sqrt(2):.2g}" in shown
+
+
+def test_another_file_can_be_scored(place: Path, tmp_path: Path) -> None:
+    """The labels stay those of training, although this file has one of them alone."""
+    rows = [row for row in labelled_rows(30, seed=1) if row["label"] == "warm"]
+    other = write_rows(tmp_path / "other.jsonl", rows)
+    assert call("eval", str(place / "run0"), f"task.validation={other}", "--out", str(tmp_path / "a.json")) == 0
+    scores = json.loads((tmp_path / "a.json").read_text())[str(place / "run0")]["scores"]["validation"]
+    assert 0 <= scores["accuracy"] <= 1
+
+
+def test_the_perplexity_of_a_text_is_that_of_transformers(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "text.json"
+    words = ["eval", str(place / "llama"), "--text", str(place / "text.txt"), "dtype=fp32", "--out", str(out)]
+    assert call(*words) == 0
+    found = json.loads(out.read_text())[str(place / "llama")]["scores"]["validation"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "llama")
+    text = (place / "text.txt").read_text()
+    ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
+    assert ids.shape[1] <= 256  # one piece
+    with torch.no_grad():
+        loss = float(model(ids, labels=ids).loss)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    first = len(tokenizer.decode(ids[0, :1]).encode())
+    bits = loss * (ids.shape[1] - 1) / math.log(2) / (len(text.encode()) - first)
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "no model is given"),
+        (["PLACE/llama"], "it has no task"),
+        (["PLACE/llama", "--text", "nowhere.txt"], "there is no such file"),
+        (["PLACE/llama", "--text", "PLACE/text.txt", "task={name: glue}"], "in place of a task"),
+        (["PLACE/llama", "--text", "PLACE/text.txt", "--out", "no/where/a.json"], "there is no folder"),
+        (["PLACE/bert", "task={name: classification, train: PLACE/train.jsonl}"], "has no head for this task"),
+        (["PLACE/llama", "--text", "PLACE/text.txt", "--adapter", "PLACE/run0/adapter"], "adapter"),
+        (["PLACE/run0", "task.nonsense=1"], "unknown key"),
+        (["PLACE/llama", "task={name: clasification, train: a.csv}"], "did you mean classification?"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    words: list[str], says: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("eval", *(word.replace("PLACE", str(place)) for word in words)) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_a_head_that_numbers_its_classes_otherwise_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {0: "warm", 1: "cold"}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(place / "bert", id2label=names)
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(place / "bert").save_pretrained(tmp_path)
+    assert call("eval", str(tmp_path), f"task={{name: classification, train: {place}/train.jsonl}}") == 2
+    assert "set task.labels=[warm, cold]" in capsys.readouterr().err
+
+
+def test_the_harness_gets_our_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its package stands in here: what it is called with is what counts."""
+    seen: dict[str, Any] = {}
+
+    class TaskManager:
+        def match_tasks(self, names: list[str]) -> list[str]:
+            return [name for name in names if name == "arc_easy"]
+
+    def simple_evaluate(**given: Any) -> dict[str, Any]:
+        seen.update(given)
+        return {"results": {"arc_easy": {"acc": 0.5}}}
+
+    fakes = {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda **given: given},
+        "lm_eval.tasks": {"TaskManager": TaskManager},
+    }
+    for name, members in fakes.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    assert call("eval", str(place / "llama"), "--lm-eval", "arc_easy", "eval.batch=4") == 0
+    assert json.loads(capsys.readouterr().out)[str(place / "llama")] == {"arc_easy": {"acc": 0.5}}
+    assert seen["tasks"] == ["arc_easy"]
+    assert (type(seen["model"]["pretrained"]).__name__, seen["model"]["batch_size"]) == ("LlamaForCausalLM", 4)
+    assert call("eval", str(place / "llama"), "--lm-eval", "arc_easyy") == 2
+    assert "no task 'arc_easyy'" in capsys.readouterr().err
