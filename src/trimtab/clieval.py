@@ -155,20 +155,16 @@ def _table(configs: dict[str, ScoreConfig], found: dict[str, Scores]) -> Table:
     groups: dict[str, list[str]] = {}
     for subject, config in configs.items():
         groups.setdefault(_group(config), []).append(subject)
-    columns = list(
-        dict.fromkeys(
-            (split, name) for scores in found.values() for split, row in scores.splits.items() for name in row
-        )
-    )
-    table = Table("model", *(f"{split}\n{name}" for split, name in columns))
+    table = Table("model", "split", "metric", "score")
     for members in groups.values():
-        cells = []
-        for split, name in columns:
-            values = [found[subject].splits.get(split, {}).get(name) for subject in members]
-            numbers = [value for value in values if value is not None]
-            spread = f" ± {statistics.stdev(numbers):.2g}" if len(numbers) > 1 else ""
-            cells.append(f"{statistics.mean(numbers):.4g}{spread}" if numbers else "")
-        table.add_row("\n".join(members), *cells)
+        label = "\n".join(members)
+        for split, row in found[members[0]].splits.items():
+            for name in row:
+                numbers = [found[subject].splits[split][name] for subject in members]
+                spread = f" ± {statistics.stdev(numbers):.2g}" if len(numbers) > 1 else ""
+                table.add_row(label, split, name, f"{statistics.mean(numbers):.4g}{spread}")
+                label = ""
+        table.add_section()
     return table
 
 
