@@ -20,7 +20,7 @@ _SHARE = 0.1
 
 
 class Item(NamedTuple):
-    """A row that was read: where it stands, what tells it from rows with another text (see `same`), and what is in it."""
+    """A row that was read: where it stands, a hash of its text (see `same`), and what is in it."""
 
     where: str
     key: str
