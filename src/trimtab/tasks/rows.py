@@ -326,8 +326,8 @@ def _next(reader: Any, path: str, end: list[str] | None) -> list[str] | None:
     except csv.Error as error:
         if "end of data" in str(error):  # all rows to the end of the file are in it: none is passed over so
             raise DataError(
-                f"{path}:{line}: a double quote that opens a field here is never closed; set task.quotes=false for a file "
-                "in which quotes are plain characters"
+                f"{path}:{line}: a double quote that opens a field here is never closed; set task.quotes=false for "
+                "a file in which quotes are plain characters"
             ) from error
         raise _Torn(
             f"{path}:{line}: this row is no CSV ({error}); set task.quotes=false for a file in which quotes are plain "
