@@ -114,7 +114,7 @@ def test_scores(official):
     assert scores["ROUGE-L"] == pytest.approx(100)
     assert "METEOR" not in scores
     assert task.headline({"validation": scores}) == ("BLEU", pytest.approx(100), True)
-    assert task.score("validation", ["It is Le Bleu.", None], examples)["ROUGE-L"] == pytest.approx(50)
+    assert task.score("validation", [None], [Written("x", ("None",))])["ROUGE-L"] == 0
 
 
 def test_that_meteor_is_missing_is_said(official, tmp_path, monkeypatch):
@@ -132,6 +132,8 @@ def test_what_scoring_needs_is_looked_for_first(official, monkeypatch):
     for setting in ("meteor_jar", "tokenizer_jar"):
         with pytest.raises(ConfigError, match=rf"{setting} = '/no/such\.jar': no such file"):
             E2E(folder=str(official), **{setting: "/no/such.jar"}).load()
+        with pytest.raises(ConfigError, match=rf"{setting} = '/no/such\.jar': no such file"):
+            E2E(**{setting: "/no/such.jar"}).score("test", ["a"], [Written("x", ("a",))])
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ConfigError, match=r"pip install 'trimtab\[tasks\]'"):
         E2E(folder=str(official)).load()

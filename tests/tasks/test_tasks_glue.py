@@ -218,7 +218,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         ("qnli", Labelled("q", "s", 0.0), "qnli question: q sentence: s", "entailment"),
         ("rte", Labelled("a", "b", 1.0), "rte sentence1: a sentence2: b", "not_entailment"),
         ("wnli", Labelled("a", "b", 1.0), "wnli sentence1: a sentence2: b", "entailment"),
-        ("stsb", Labelled("a", "b", 3.25), "stsb sentence1: a sentence2: b", "3.2"),
+        ("stsb", Labelled("a", "b", 3.32), "stsb sentence1: a sentence2: b", "3.4"),
         ("stsb", Labelled("a", "b", 5.0), "stsb sentence1: a sentence2: b", "5.0"),
     ],
 )

@@ -101,7 +101,8 @@ def test_nist_is_mteval_v13as():
     """
     references = [
         "It is a guide to action that ensures that the military will forever heed faction commands",
-        "It is the guiding principle which guarantees the military forces always being under the command of the faction",
+        "It is the guiding principle which guarantees the military forces always being under the command of "
+        "the faction",
         "It is the practical guide for the army always to heed the directions of the party",
     ]
     good = "It is a guide to action which ensures that the military always obeys the commands of the party"
@@ -111,7 +112,7 @@ def test_nist_is_mteval_v13as():
 
 
 def test_nist_by_hand():
-    """Two words of three, each log2(3) bits; 2/3 of the length halves it. Pairs tell nothing: each first word has one."""
+    """Two words of three, each log2(3) bits; 2/3 of the length halves it. Pairs tell nothing more."""
     assert nlg.nist(["a b"], [["a b"]]) == pytest.approx(1.0)
     assert nlg.nist(["a b"], [["a b c"]]) == pytest.approx(math.log2(3) / 2)
 
@@ -122,6 +123,8 @@ def test_bleu_by_hand():
     assert nlg.bleu(["A b C d x", "one two"], references) == pytest.approx(100 * (6 / 7 * 4 / 5 * 2 / 3 / 2) ** 0.25)
     short = nlg.bleu(["a b c d"], [["a b c d e", "a b c d e f g h", "q"]])
     assert short == pytest.approx(100 * math.exp(1 - 5 / 4))
+    # No triple and no quadruple is matched: mteval counts 1/2 and 1/4 of one.
+    assert nlg.bleu(["a b c d e"], [["a b x y z"]]) == pytest.approx(100 * (2 / 5 / 4 / (2 * 3) / (4 * 2)) ** 0.25)
 
 
 def test_rouge_l_by_hand():
@@ -132,7 +135,7 @@ def test_rouge_l_by_hand():
 
 
 def test_cider_by_hand():
-    """Texts of two words that are their references have two orders of four, so 5; a word in all documents weighs nothing."""
+    """Texts of two words have two orders of four, so 5 at most; a word in all documents weighs nothing."""
     assert nlg.cider(["a b", "c d"], [["a b"], ["c d"]]) == pytest.approx(5)
     assert nlg.cider(["a b", "a d"], [["a b"], ["a d"]]) == pytest.approx(5)
     assert nlg.cider(["a x", "c d"], [["a b"], ["a d"]]) == pytest.approx(10 * (1 / math.sqrt(2)) / 4 / 2)
@@ -161,7 +164,7 @@ def test_without_wordnet_there_is_no_meteor(monkeypatch):
     scores = nlg.score_generated(WRITTEN, WANTED)
     assert list(scores) == ["BLEU", "NIST", "ROUGE-L", "CIDEr"]
     assert scores == pytest.approx({name: CORPUS["scores"][name] for name in scores})
-    with pytest.raises(ConfigError, match="nltk.downloader wordnet"):
+    with pytest.raises(ConfigError, match=r"nltk\.downloader wordnet"):
         nlg.meteor_nltk(WRITTEN, WANTED)
 
 

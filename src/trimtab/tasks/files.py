@@ -20,7 +20,7 @@ _SHARE = 0.1
 
 
 class Item(NamedTuple):
-    """A row that was read: where it stands, the text that makes it the same as another row, and what is in it."""
+    """A row that was read: where it stands, a hash of its text (see `same`), and what is in it."""
 
     where: str
     key: str
@@ -215,9 +215,10 @@ class LabelledFileTask(FileTask):
 
 
 def same(text: str, pair: str | None = None) -> str:
-    """What makes two texts (or pairs) the same: their words, whatever the white space and the case of letters."""
+    """Equal for texts (or pairs) of the same words, whatever the white space and the case of letters: a hash."""
     parts = [text] if pair is None else [text, pair]
-    return "\0".join(" ".join(part.split()).casefold() for part in parts)
+    words = "\0".join(" ".join(part.split()).casefold() for part in parts)
+    return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()  # a long text is not kept twice
 
 
 def _draw(items: list[Item], most: int | None, seed: int) -> list[Item]:
