@@ -170,11 +170,14 @@ def test_files_that_datasets_writes(way: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_lack_fields(tmp_path: Path) -> None:
-    """QQP's official file is known to have some, which are passed over and told; elsewhere they are errors."""
+    """QQP's official file is known to have some, which are passed over and told, and an empty question; elsewhere they
+    are errors.
+    """
     good = OFFICIAL["qqp"][2]
-    official(tmp_path, "qqp", {"train": [good, "5\t6\t7\tHow?", good]})
+    official(tmp_path, "qqp", {"train": [good, "5\t6\t7\tHow?", good.replace("Why?", "")]})
     loaded = task("qqp", folder=str(tmp_path)).load()
-    assert len(loaded.splits["train"]) == 2 and loaded.skipped == {"train": 1, "validation": 0}
+    assert loaded.splits["train"] == [Labelled("How?", "Why?", 1.0), Labelled("How?", "", 1.0)]
+    assert loaded.skipped == {"train": 1, "validation": 0}
     assert loaded.notes == ("1 rows of qqp that cannot be read were passed over",)
     official(tmp_path, "rte", {"validation": [OFFICIAL["rte"][2], "1\tIt is."]})
     with pytest.raises(DataError, match=r"^task\.folder: .*RTE/dev\.tsv:3: too few fields"):
