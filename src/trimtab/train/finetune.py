@@ -160,7 +160,7 @@ class _Run(Session[FinetuneConfig]):
         """The model, drawn and read anew."""
         config, material = self.config, self.material
         randomstate.seed_all(config.seed)
-        model = build_task_model(config.model, material.reading, material.settings, config.seed)
+        model = build_task_model(config.model, material.reading, material.settings, config.seed, self.dtype)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = material.tokenizer.pad_token_id
         return model
