@@ -25,10 +25,13 @@ class TaskModelConfig(ModelConfig):
         tokenizer: a folder or hub name; None takes the checkpoint's own.
         head: "classes" puts a new head on the model, "words" lets it write the label's word; "auto" is "classes" for
             encoders and "words" for models that write.
+        quantize: hold the frozen linear layers in 4 bits: "nf4" with quantised scales, as `trimtab.quantize` does by
+            default, "nf4-single" with plain ones. LoRA on it is QLoRA.
     """
 
     tokenizer: str | None = None
     head: Literal["auto", "classes", "words"] = "auto"
+    quantize: Literal["nf4", "nf4-single"] | None = None
 
 
 class ExamplesConfig(Settings):

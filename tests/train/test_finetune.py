@@ -61,7 +61,7 @@ def config(
         "name": "run",
         "out": out,
         "model.name": place / family,
-        "data.seq_len": 64,
+        "data.seq_len": 120,
         "dtype": "fp32",
         "optim.lr": 3e-3,
         "train.steps": 12,
@@ -118,7 +118,7 @@ def test_full_training_leaves_a_model(place: Path, tmp_path: Path) -> None:
     right = 0
     for row in rows:
         with torch.no_grad():
-            logits = model(**tokenizer(row["text"], return_tensors="pt", truncation=True, max_length=64)).logits
+            logits = model(**tokenizer(row["text"], return_tensors="pt", truncation=True, max_length=120)).logits
         right += model.config.id2label[int(logits.argmax())] == row["label"]
     assert result.scores is not None
     assert result.scores.headline == Headline("accuracy", right / len(rows))

@@ -44,6 +44,21 @@ def test_phases_are_foretold_without_touching_the_model(tmp_path: Path, make: ob
     assert rows[1]["memory"]["carry_host"] > 0
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_a_base_in_four_bits_is_foretold(double: bool) -> None:
+    """Also one whose other weights are in bf16 already; its parameters count as those that it stands for."""
+    model = tiny_llama()
+    total = sum(p.numel() for p in model.parameters())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    trimtab.quantize(model, double=double)
+    (row,) = predict_phases(model, trimtab.LoRA(rank=2), OptimConfig(), dtype=torch.bfloat16, pure=False)
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=2), dtype=torch.bfloat16)
+    assert phase_row(adapter, OptimConfig(), "training", 0) == row
+    assert row["total"] == total + row["trainable"]
+    assert row["memory"]["carry_host"] == 0
+
+
 def test_a_method_without_a_warm_start_has_one_phase() -> None:
     """Full training: one row, in which weights, gradients and two moments are fp32."""
     (row,) = predict_phases(tiny_llama(), trimtab.Full(), OptimConfig(), dtype=torch.bfloat16, pure=False)

@@ -164,14 +164,15 @@ def _load(name: str) -> PreTrainedModel:
 
 
 @quiet_libraries()
-def load_with(kind: Any, name: str, **settings: Any) -> tuple[Any, list[str]]:
-    """A checkpoint by one of transformers' auto classes, in fp32, and the names of the tensors that it lacks.
+def load_with(kind: Any, name: str, *, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Any, list[str]]:
+    """A checkpoint by one of transformers' auto classes, and the names of the tensors that it lacks.
 
     Those that it has in another shape count, where `settings` let such pass.
 
     Args:
         kind: the auto class.
         name: a folder or hub name.
+        dtype: of the model, whatever the files have.
         settings: changes of its config.
 
     Raises:
@@ -182,7 +183,7 @@ def load_with(kind: Any, name: str, **settings: Any) -> tuple[Any, list[str]]:
     try:
         model, info = kind.from_pretrained(
             str(folder) if folder.is_dir() else name,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

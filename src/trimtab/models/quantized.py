@@ -22,7 +22,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from trimtab.errors import CheckpointError, ConfigError
@@ -109,6 +109,8 @@ def load_quantized(
             drop_masters(masters, master)
             raise
     disarm_fused_encoders(model)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = _stored_generation(folder)
     return model.eval()
 
 
@@ -170,6 +172,14 @@ def _stored_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _stored_generation(folder: Path) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        file = folder / "generation_config.json"
+        raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _stored_quantization(folder: Path) -> dict[str, Any] | None:

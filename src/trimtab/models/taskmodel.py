@@ -23,9 +23,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import ConfigError, DataError, TargetError
 from trimtab.finetuneconfig import DEFAULT_LENGTH, TaskModelConfig
 from trimtab.models.load import checkpoint_activations, load_with, read_config
+from trimtab.models.quantize import quantize
+from trimtab.models.quantized import load_quantized
 from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Form
 from trimtab.tasks.encode import Reading
@@ -100,20 +102,63 @@ def head_settings(reading: Reading, form: Form, labels: Sequence[str], pad_id: i
 
 
 def build_task_model(
-    config: TaskModelConfig, reading: Reading, settings: dict[str, Any], seed: int
+    config: TaskModelConfig, reading: Reading, settings: dict[str, Any], seed: int, compute: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model in fp32 on the CPU, and the names of its new tensors: a head, drawn from `seed`.
+    """The model on the CPU, and the names of its new tensors: a head, drawn from `seed` by the model's own rules.
+
+    It is in fp32, or in `compute` if that is what its config says of its files: then nothing is lost, and nothing is
+    held that they do not have. With `config.quantize` its linear layers are in 4 bits and compute in `compute`. A model
+    that writes is read tensor by tensor then and never exists whole; one with a new head does for a moment.
 
     Raises:
-        ConfigError: there is no such model, it cannot be reached or read, or tensors beside the head are missing.
+        ConfigError: there is no such model, it cannot be reached or read, tensors beside the head are missing, or
+            nothing in it can be quantised.
+        CheckpointError: of a model to be quantised: a file is damaged or does not fit the config.
     """
-    read_config(config.name)
+    hf = read_config(config.name)
+    dtype = compute if getattr(hf, "dtype", None) == compute else torch.float32
+    new: list[str] = []
+    if config.quantize is not None and reading != "head":
+        kind = type(_shadow(hf, reading, settings))
+        model = _quantized(load_quantized, config, config.name, dtype=dtype, compute=compute, model_class=kind)
+    else:
+        model, new = _loaded(config, reading, settings, seed, dtype)
+        if config.quantize is not None:
+            _quantized(quantize, config, model, compute=compute)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model, new
+
+
+def shadow_task_model(config: TaskModelConfig, hf: Any, reading: Reading, settings: dict[str, Any]) -> PreTrainedModel:
+    """The same model on the meta device: shapes without values.
+
+    Raises:
+        ConfigError: nothing in it can be quantised, as `config.quantize` asks.
+    """
+    model = _shadow(hf, reading, settings)
+    if config.quantize is not None:
+        _quantized(quantize, config, model, compute=None)
+    return model
+
+
+def _shadow(hf: Any, reading: Reading, settings: dict[str, Any]) -> PreTrainedModel:
+    for name, value in settings.items():
+        setattr(hf, name, value)
+    with torch.device("meta"), quiet_libraries():
+        model: PreTrainedModel = model_class(reading).from_config(hf, trust_remote_code=False)
+    return model
+
+
+def _loaded(
+    config: TaskModelConfig, reading: Reading, settings: dict[str, Any], seed: int, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             # A head that is there may be of other classes; then a new one takes its place.
             model, missing = load_with(
-                model_class(reading), config.name, **settings, ignore_mismatched_sizes=reading == "head"
+                model_class(reading), config.name, dtype=dtype, **settings, ignore_mismatched_sizes=reading == "head"
             )
         except ValueError as error:
             first = (str(error).strip().splitlines() or [""])[0]
@@ -125,18 +170,15 @@ def build_task_model(
             f"model.name: {config.name} lacks {len(inside)} of the model's tensors, {inside[0]} first; it is not a "
             f"whole {model.config.model_type} checkpoint"
         )
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
     return model, missing
 
 
-def shadow_task_model(config: TaskModelConfig, hf: Any, reading: Reading, settings: dict[str, Any]) -> PreTrainedModel:
-    """The same model on the meta device: shapes without values."""
-    for name, value in settings.items():
-        setattr(hf, name, value)
-    with torch.device("meta"), quiet_libraries():
-        model: PreTrainedModel = model_class(reading).from_config(hf, trust_remote_code=False)
-    return model
+def _quantized(do: Any, config: TaskModelConfig, what: Any, *, compute: torch.dtype | None, **options: Any) -> Any:
+    """`quantize` or `load_quantized` as `config.quantize` says; what it finds wrong is said of that setting."""
+    try:
+        return do(what, "nf4", double=config.quantize == "nf4", compute_dtype=compute, **options)
+    except (ConfigError, TargetError) as error:
+        raise ConfigError(f"model.quantize = {config.quantize}: {error}") from error
 
 
 def task_tokenizer(config: TaskModelConfig) -> Any:

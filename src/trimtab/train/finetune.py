@@ -146,10 +146,7 @@ class _Run(Session[FinetuneConfig]):
         kept = step
         if config.eval.keep_best and best.step is not None and best.step != step:
             kept = best.step
-            say(
-                self.console,
-                f"the best {self.material.scorer.task.name} was after step {kept} of {step}; going back to it",
-            )
+            say(self.console, f"the best step was {kept} of {step}; going back to it")
             del optimizer, objective
             model, adapter = self._go_back(saver.path(kept))
         return self._finish(model, adapter, log, step, kept)
@@ -160,7 +157,7 @@ class _Run(Session[FinetuneConfig]):
         """The model, drawn and read anew."""
         config, material = self.config, self.material
         randomstate.seed_all(config.seed)
-        model, _ = build_task_model(config.model, material.reading, material.settings, config.seed)
+        model, _ = build_task_model(config.model, material.reading, material.settings, config.seed, self.dtype)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = material.tokenizer.pad_token_id
         return model

@@ -127,7 +127,12 @@ def collate_for(reading: Reading, tokenizer: Any, hf: Any, name: str, data: Exam
 
 def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-    adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
+    try:
+        adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
+    except ConfigError as error:
+        if config.model.quantize is None:
+            raise
+        raise ConfigError(f"{error} (model.quantize = {config.model.quantize})") from error
     if adapter.no_merge:  # then what was learned is saved beside the model
         try:
             adapter.check_save()

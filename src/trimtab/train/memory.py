@@ -14,13 +14,16 @@ from torch import nn
 from trimtab.config import OptimConfig
 from trimtab.methods.base import GROUPS, Adapter, Method
 from trimtab.methods.registry import attach
+from trimtab.models.quantize import quantize
+from trimtab.nn.nf4layer import NF4Linear
+from trimtab.nn.weights import Holder, shape_of
 
 
 def phase_row(adapter: Adapter, optim: OptimConfig, phase: str, from_step: int) -> dict[str, Any]:
     """Parameters and bytes of the phase in which `adapter` is now.
 
-    Weights are counted as they are stored (tied ones once, buffers included), gradients in the dtype of
-    what trains, optimizer state by `optimizer_bytes`; the carry lies in host memory.
+    A parameter in 4 bits counts as one. Weights are counted as they are stored (tied ones once, buffers included),
+    gradients in the dtype of what trains, optimizer state by `optimizer_bytes`; the carry lies in host memory.
     """
     model = adapter.model
     parameters = list(model.parameters())
@@ -31,7 +34,7 @@ def phase_row(adapter: Adapter, optim: OptimConfig, phase: str, from_step: int) 
     return {
         "phase": phase,
         "from_step": from_step,
-        "total": sum(p.numel() for p in parameters),
+        "total": sum(p.numel() for p in parameters) + sum(_packed_away(module) for module in model.modules()),
         "trainable": sum(entry.parameter.numel() for entry in trainable),
         "groups": {
             group: sum(entry.parameter.numel() for entry in trainable if entry.group == group) for group in GROUPS
@@ -43,6 +46,14 @@ def phase_row(adapter: Adapter, optim: OptimConfig, phase: str, from_step: int) 
             "optimizer": sum(optimizer_bytes(optim.name, e.parameter) for e in trainable),
         },
     }
+
+
+def _packed_away(module: nn.Module) -> int:
+    """How many more parameters a quantised layer stands for than its packed weight has entries."""
+    held = getattr(module, "holder", None)
+    if not (isinstance(held, Holder) and held.quantized):
+        return 0
+    return math.prod(shape_of(module)) - cast(nn.Parameter, module.weight).numel()
 
 
 def optimizer_bytes(name: str, parameter: torch.Tensor) -> int:
@@ -62,12 +73,18 @@ def predict_phases(
 ) -> list[dict[str, Any]]:
     """The rows of all phases of a run, from a shadow of `model` on the meta device, which holds no memory.
 
-    `model` is a transformers model before anything is attached to it; it is not touched.
+    `model` is a transformers model before anything is attached to it, quantised or not; it is not touched.
     """
     with torch.device("meta"):
         shadow = type(model)(copy.deepcopy(model.config))
     if hasattr(shadow, "tie_weights"):
         cast(Any, shadow).tie_weights()
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
+    for name, parameter in shadow.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    if packed:
+        quantize(shadow, double=packed[0].doubly)
     adapter = attach(shadow, method, dtype=dtype, pure=pure)
     switch = method.switch_step
     if not switch:

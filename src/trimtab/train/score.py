@@ -88,8 +88,11 @@ def _model(config: ScoreConfig, reading: Reading, settings: dict[str, Any]) -> n
     Raises:
         ConfigError: its head is neither among its own tensors nor among the adapter's.
     """
-    model, new = build_task_model(config.model, reading, settings, config.seed)
-    model.to(device=device_of(config.device), dtype=DTYPES[config.dtype])
+    dtype = DTYPES[config.dtype]
+    model, new = build_task_model(config.model, reading, settings, config.seed, dtype)
+    model.to(device_of(config.device))
+    if config.model.quantize is None:  # codes of 4 bits know what they compute in
+        model.to(dtype)
     given: set[str] = set()
     if config.adapter is not None:
         adapter = load_adapter(model, config.adapter)
