@@ -12,17 +12,19 @@ from pydantic_core import PydanticUndefined
 
 from trimtab.config import PretrainConfig, TokenizerConfig
 from trimtab.configerrors import section_model
+from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.loadconfig import load_config
 from trimtab.methods import Method, registry
 from trimtab.settings import HubSource
+from trimtab.tasks import tasks
 
 ROOT = Path(__file__).parents[2]
 
 
-def documented() -> dict[str, dict[str, str]]:
-    """Of docs/config.md: heading -> key -> default."""
+def documented(page: str = "config") -> dict[str, dict[str, str]]:
+    """Of a page of docs/: heading -> key -> default."""
     sections: dict[str, dict[str, str]] = {}
-    for line in (ROOT / "docs" / "config.md").read_text().splitlines():
+    for line in (ROOT / "docs" / f"{page}.md").read_text().splitlines():
         if line.startswith("##"):
             heading = line.lstrip("# ")
         elif match := re.match(r"\| `(\w+)` \| (.*?) \|", line):
@@ -40,14 +42,26 @@ def models() -> dict[str, type[BaseModel]]:
     return sections | {f"method: {name}": cls for name, cls in registry().items()}
 
 
+def finetune_models() -> dict[tuple[str, str], type[BaseModel]]:
+    """Of the code, for fine-tuning: page and heading -> settings class."""
+    sections: dict[tuple[str, str], type[BaseModel]] = {}
+    for name, field in FinetuneConfig.model_fields.items():
+        model = section_model(field.annotation)
+        if model is not None and name in ("model", "data", "train", "eval"):
+            sections["finetune", name] = model
+    return sections | {("tasks", f"task: {name}"): cls for name, cls in tasks().items()}
+
+
 def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
-@pytest.mark.parametrize("heading", models())
-def test_every_key_is_documented_with_its_default(heading: str) -> None:
-    """docs/config.md has exactly the keys of the code, and their defaults."""
-    keys, fields = documented()[heading], models()[heading].model_fields
+@pytest.mark.parametrize("heading", [*(("config", heading) for heading in models()), *finetune_models()])
+def test_every_key_is_documented_with_its_default(heading: tuple[str, str]) -> None:
+    """The pages have exactly the keys of the code, and their defaults."""
+    page, section = heading
+    known = models()[section] if page == "config" else finetune_models()[heading]
+    keys, fields = documented(page)[section], known.model_fields
     assert sorted(keys) == sorted(fields)
     for name, field in fields.items():
         if field.default is PydanticUndefined:
@@ -65,6 +79,12 @@ def test_the_top_level_is_documented() -> None:
         name: yaml.safe_load(default) for name, default in sections["Top level"].items()
     }
     assert set(sections) == {*models(), "Top level"}
+    told = documented("finetune")["Top level"]
+    assert told == {
+        name: yaml.safe_dump(plain(f.default)).split("\n")[0]
+        for name, f in FinetuneConfig.model_fields.items()
+        if section_model(f.annotation) is None
+    }
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)

@@ -67,11 +67,11 @@ def test_what_is_too_long_is_skipped_or_refused_when_asked() -> None:
 
 def test_the_answer_and_its_end_are_learned_and_nothing_else(words: Any) -> None:
     texts = sentences(5)
-    data = Encoder(words, "causal", 200)([Written(text, (f" {text[::-1]}", "never")) for text in texts], "train")
+    data = Encoder(words, "causal", 200)([Written(text, (text[::-1], "never")) for text in texts], "train")
     for n, text in enumerate(texts):
         ids, learned = data.ids[n], data.learned[n]  # type: ignore[index]
-        assert words.decode(ids) == f"{text} {text[::-1]}{words.eos_token}"
-        assert words.decode(ids[learned]) == f" {text[::-1]}{words.eos_token}"
+        assert words.decode(ids) == f"{text}\n{text[::-1]}{words.eos_token}"
+        assert words.decode(ids[learned]) == f"{text[::-1]}{words.eos_token}"
         assert data.due[n] == learned.sum()
 
 

@@ -1,7 +1,8 @@
 """Examples as tokens, in the three ways that models read them.
 
     with a head     the text, or the pair of texts, as the tokenizer joins them; a class or a number is due
-    causal          one sequence, of which some tokens are learned: an answer and its end, or all of a text
+    causal          one sequence, of which some tokens are learned: an answer and its end, or all of a text; an
+                    answer to a source begins on the line after it
     pairs           an encoder's sequence, and the decoder's
 
 Tokens are made once, before the first step, by the tokenizer's own threads, and stand in flat arrays, 4 bytes a token.
@@ -10,7 +11,7 @@ Tokens are made once, before the first step, by the tokenizer's own threads, and
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,7 +81,6 @@ class Encoder:
         reading: how the model reads.
         seq_len: the longest sequence, of an encoder and of a decoder each.
         too_long: what becomes of a longer one (see `finetuneconfig.ExamplesConfig`).
-        joined: turns a causal model's `Written` source into the prompt; as it is by default.
     """
 
     def __init__(
@@ -89,10 +89,8 @@ class Encoder:
         reading: Reading,
         seq_len: int,
         too_long: TooLong = "cut",
-        joined: Callable[[str], str] = str,
     ) -> None:
         self.tokenizer, self.reading, self.seq_len, self.too_long = tokenizer, reading, seq_len, too_long
-        self._joined = joined
 
     def __call__(self, examples: Sequence[Example], split: str) -> Encoded:
         """Encode the examples of a split.
@@ -121,7 +119,7 @@ class Encoder:
 
     def prompts(self, examples: Sequence[Written]) -> list[list[int]]:
         """The tokens that a model goes on from when it writes an answer, the end cut off where they are too many."""
-        texts = [self._joined(example.source) if self.reading == "causal" else example.source for example in examples]
+        texts = [as_prompt(example.source) if self.reading == "causal" else example.source for example in examples]
         return [ids[: self.seq_len] for ids in self._ids(texts, special=True, end=self.reading == "pair")]
 
     # -- the forms -----------------------------------------------------------------------------
@@ -149,7 +147,7 @@ class Encoder:
         )
 
     def _written(self, examples: Sequence[Written], split: str) -> Encoded:
-        prompts = self._ids([self._joined(e.source) for e in examples], special=True)
+        prompts = self._ids([as_prompt(e.source) for e in examples], special=True)
         answers = self._ids([e.references[0] for e in examples], special=False)
         end = [self._end()]
         pairs = [(p + a + end, [False] * len(p) + [True] * (len(a) + 1)) for p, a in zip(prompts, answers, strict=True)]
@@ -260,6 +258,11 @@ class Encoder:
         notes = [f"{number} of {len(long)} {what} are longer than data.seq_len = {self.seq_len} and {done}."]
         keep = ~long if self.too_long == "skip" else np.ones(len(long), dtype=bool)
         return keep, notes if number else []
+
+
+def as_prompt(source: str) -> str:
+    """A source as a causal model is given it: a line of its own, after which the answer begins."""
+    return source if source.endswith("\n") else f"{source}\n"
 
 
 def _parts(items: Sequence[Any]) -> list[list[Any]]:
