@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-from chat_templates import CHATML, LLAMA3, MARKED, MISTRAL, OPENED, PHI3, THOUGHTS, VICUNA, chat_tokenizer
+from chats_for_tests import CHATML, LLAMA3, MARKED, MISTRAL, OPENED, PHI3, THOUGHTS, VICUNA, chat_tokenizer
 from tokenizers import processors
 
 from trimtab.errors import DataError
