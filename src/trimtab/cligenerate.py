@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable
@@ -211,9 +212,12 @@ def generate(
     generator = open_generator(base, folders, dtype=_torch_dtype(dtype), device=device)
     if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
         raise KeyboardInterrupt
+    generator.check(sampling)
     if talk:
         from trimtab.generate import Conversation
 
+        with contextlib.suppress(ImportError):  # with it, a line can be edited, and earlier ones called back
+            import readline  # noqa: F401
         Conversation(generator, sampling, read=input, write=_show, system=system, chat=chat).run()
         return 0
     asked = [_with_system(generator, p, system, chat) for p in prompts]

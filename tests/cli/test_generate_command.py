@@ -106,6 +106,7 @@ def test_a_chat_on_a_terminal(
         (("--prompt", "a", "--temperature", "-1"), "temperature = -1.0: give a number, at least 0"),
         (("--prompt", "a", "--temperature", "hot"), "'hot' is not a number"),
         (("--prompt", "a", "--beams", "2.5"), "'2.5' is not a whole number"),
+        (("--prompt", "a", "--seed", "5"), "seed = 5: has no effect, since this model takes the likeliest"),
         (("--prompt", "a", "--device", "tpu"), "device = 'tpu'"),
         (("--prompt", "a", "--dtype", "int8"), "int8"),
         (("--prompt", "a", "--adapter", "/nowhere"), "/nowhere: there is no such folder"),

@@ -97,7 +97,7 @@ def test_adapters_are_switched(generator: Generator) -> None:
 def test_commands(generator: Generator) -> None:
     """System prompts come and go, what was said is forgotten, unknown commands are named, /quit leaves."""
     chat, shown = talk(generator, "Hi", "/system Rhyme.", "/help", "/nonsense", "/reset", "Ho", "/quit", "never read")
-    assert chat.system == "Rhyme." and [m.content for m in chat.history][0] == "Ho" and len(chat.history) == 2
+    assert chat.system == "Rhyme." and chat.history[0].content == "Ho" and len(chat.history) == 2
     assert "the system prompt is set" in shown and "/adapter NAME" in shown and "forgotten\n" in shown
     assert "error: there is no command /nonsense; /help lists them" in shown
     assert (
@@ -144,6 +144,14 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(generator: Generator) -> None:
     assert 0 < len(chat.history[-1].content) < len(whole) and whole.startswith(chat.history[-1].content)
     assert "Ctrl-D or /quit ends the chat" in terminal.text and "* a" in terminal.text
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_could_not_be_answered_was_not_said(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the middle of an answer leaves the chat as it was before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "answer", lambda *_, **__: (_ for _ in ()).throw(ConfigError("no memory")))
+        chat, shown = talk(generator, "Hi")
+    assert "error: no memory" in shown and chat.history == []
 
 
 def test_without_a_template_each_line_stands_alone(tmp_path: Path) -> None:

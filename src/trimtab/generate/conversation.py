@@ -142,10 +142,14 @@ class Conversation:
         if self._chat:
             self._remember(Message("user", line))
             asked = self._messages(self.history)
-        with self._interruptible():
-            answer = self.generator.answer(
-                asked, self.sampling, chat=self._chat, write=self._write, stopped=lambda: self._stopped
-            )
+        try:
+            with self._interruptible():
+                answer = self.generator.answer(
+                    asked, self.sampling, chat=self._chat, write=self._write, stopped=lambda: self._stopped
+                )
+        except BaseException:
+            del self.history[-1:]  # what was not answered was not said
+            raise
         self._write("\n")
         if answer.stop == "positions":
             self._say("(the model has no positions left)")

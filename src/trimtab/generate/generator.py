@@ -212,6 +212,19 @@ class Generator:
             )
         return left
 
+    def check(self, sampling: Sampling) -> None:
+        """Refuse a seed for what is not drawn.
+
+        Raises:
+            ConfigError: as said.
+        """
+        draws = sampling.arguments().get("do_sample", getattr(self.model.generation_config, "do_sample", False))
+        if sampling.seed is not None and not draws:
+            raise ConfigError(
+                f"seed = {sampling.seed}: has no effect, since this model takes the likeliest token each time; give a "
+                "temperature, top_p or top_k"
+            )
+
     def reserve(self, sampling: Sampling) -> int:
         """Tokens that a chat leaves for the next answer: what may be written, and at most a quarter of all."""
         most = sampling.max_new_tokens or self._max_new
@@ -236,10 +249,11 @@ class Generator:
             stopped: asked after each token whether to end.
 
         Raises:
-            ConfigError: as `encode`; the prompt leaves no position for an answer.
+            ConfigError: as `encode`; the prompt leaves no position for an answer; a seed is given and nothing drawn.
             DataError: as `encode`.
         """
         sampling = sampling or Sampling()
+        self.check(sampling)
         ids = self.encode(asked, chat=chat)
         room = self.room(ids)
         most = sampling.max_new_tokens or self._max_new
