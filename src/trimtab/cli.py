@@ -20,6 +20,7 @@ from trimtab.clierrors import INTERRUPTED, USER_ERROR, Fault, one_line_errors
 from trimtab.clieval import EVAL, EvalCommand, evaluate
 from trimtab.cliexport import EXPORT, MERGE, ExportCommand, MergeCommand, export, merge
 from trimtab.clifinetune import FINETUNE, finetune
+from trimtab.cligenerate import GENERATE, GenerateCommand, generate
 from trimtab.cliparts import (
     RunCommand,
     Words,
@@ -51,6 +52,7 @@ EXAMPLES
   trimtab pretrain run.yaml --dry-run              what it would be: parameters, memory, schedule
   trimtab pretrain run.yaml optim.lr=5e-4 name=b   the same run with two settings changed
   trimtab pretrain --resume runs/b                 go on from the newest checkpoint
+  trimtab generate base --adapter adapter          chat with a model and an adapter on it
   trimtab merge base adapter out                   an adapter into a checkpoint, file by file
   trimtab export runs/b delta --delta-rank 64      a run's whole update as one LoRA
   trimtab export runs/b b.gguf --gguf              its model for llama.cpp
@@ -225,6 +227,7 @@ def tokenize(words: Words = None) -> int:
 
 app.command(cls=RunCommand, help=FINETUNE, short_help="Fine-tune a checkpoint for a task.")(finetune)
 app.command(name="eval", cls=EvalCommand, help=EVAL, short_help="Score a model or runs on a task.")(evaluate)
+app.command(cls=GenerateCommand, help=GENERATE, short_help="Answer prompts with a model, or chat with it.")(generate)
 app.command(cls=MergeCommand, help=MERGE, short_help="Merge an adapter into a checkpoint, file by file.")(merge)
 app.command(cls=ExportCommand, help=EXPORT, short_help="Write an update as a LoRA, or a model or LoRA for llama.cpp.")(
     export

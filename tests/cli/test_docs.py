@@ -149,7 +149,7 @@ def test_every_link_of_the_pages_leads_somewhere() -> None:
 
 def test_the_manuals_name_all_methods_statuses_and_folders() -> None:
     """`trimtab --help`, the commands' pages and docs/cli.md agree with what there is."""
-    from trimtab import cli, cliexport
+    from trimtab import cli, cliexport, cligenerate
 
     words = {
         "adalora": "AdaLoRA",
@@ -163,7 +163,7 @@ def test_the_manuals_name_all_methods_statuses_and_folders() -> None:
     words |= {"ladder": "Ladder"}
     assert set(words) == set(registry())
     assert all(word in cli._MANUAL for word in words.values())
-    for page in (cli._MANUAL, cli._PRETRAIN, cli._TOKENIZE, cliexport.MERGE, cliexport.EXPORT):
+    for page in (cli._MANUAL, cli._PRETRAIN, cli._TOKENIZE, cliexport.MERGE, cliexport.EXPORT, cligenerate.GENERATE):
         assert re.search(r"\n  1    a fault of the program", page)
     assert "runs/NAME/adapter/" in cli._PRETRAIN
     assert "| `adapter/` |" in (ROOT / "docs" / "cli.md").read_text()

@@ -6,12 +6,12 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-from chat_templates import CHATML, LLAMA3, MARKED, MISTRAL, OPENED, PHI3, THOUGHTS, VICUNA, chat_tokenizer
+from chats_for_tests import CHATML, LLAMA3, MARKED, MISTRAL, OPENED, PHI3, THOUGHTS, VICUNA, chat_tokenizer
 from tokenizers import processors
 
 from trimtab.errors import DataError
 from trimtab.tasks import Message, chattokens
-from trimtab.tasks.chattokens import encode_chat, encode_chats, plain_chat
+from trimtab.tasks.chattokens import encode_chat, encode_chats, encode_prompt, end_of_turn, plain_chat
 
 
 def chat(*contents: str, system: str | None = None) -> tuple[Message, ...]:
@@ -240,3 +240,21 @@ def test_without_a_template_the_tokenizer_begins_a_text_as_ever() -> None:
         backend.post_processor = before
     assert tokenizer.decode(ids) == "<s>What is the capital of France? Paris.</s>"
     assert spoken(tokenizer, ids, learned) == [" Paris.</s>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL, PHI3, MARKED, None])
+def test_a_prompt_is_what_stands_before_an_answer(template: str | None) -> None:
+    """What is asked of a model is what it has learned to go on from, token for token."""
+    tokenizer = chat_tokenizer(template)
+    ids, learned = encode_chat(tokenizer, TWO)
+    last = len(learned) - 1 - learned[::-1].index(False, learned[::-1].index(True))
+    assert encode_prompt(tokenizer, TWO[:3]) == ids[: last + 1]
+
+
+def test_the_end_of_a_turn_is_the_templates_own() -> None:
+    """It need not be the tokenizer's end of text; a template of plain words has none."""
+    for template, end in ((CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MISTRAL, "</s>"), (PHI3, "<|end|>")):
+        tokenizer = chat_tokenizer(template)
+        assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == end
+    for template in (OPENED, "{% for m in messages %}{{ m.content }}\n{% endfor %}", None):
+        assert end_of_turn(chat_tokenizer(template)) is None

@@ -175,6 +175,16 @@ class Adapter(abc.ABC):
         """Why there is no merged form; empty where `merge` works."""
         return self.config.no_merge
 
+    @property
+    def no_cache(self) -> str:
+        """Why `generate()` must do without a cache (`use_cache=False`) on this model; empty where it need not."""
+        return ""
+
+    @property
+    def taken_positions(self) -> int:
+        """How many of the model's positions are taken before each sequence."""
+        return 0
+
     def __repr__(self) -> str:
         trained = sum(entry.parameter.numel() for entry in self.trainable())
         state = self._closed or f"step {self._last_step}, {trained:,} parameters train"

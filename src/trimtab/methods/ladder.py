@@ -126,6 +126,10 @@ class LadderAdapter(BesideAdapter):
         return sides
 
     @property
+    def no_cache(self) -> str:
+        return "its side network keeps none, and must see all tokens each time"
+
+    @property
     def _seed(self) -> int:
         return self.config.seed or 0
 

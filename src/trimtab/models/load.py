@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from trimtab.config import ModelConfig
@@ -84,7 +84,7 @@ def shadow_model(config: ModelConfig, *, vocab_size: int, seq_len: int, offline:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(hf, trust_remote_code=False)
     except ValueError as error:
-        raise _not_causal(config.name, hf, error) from None
+        raise _not_of_kind(config.name, hf, "causal language model", error) from None
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -150,15 +150,38 @@ def _check_name(name: str, folder: Path) -> None:
         raise ConfigError(f"model.name: no preset is called {name!r}; {hint} presets are {', '.join(PRESETS)}")
 
 
-def _load(name: str) -> PreTrainedModel:
+def load_for_generation(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal or an encoder-decoder model on the CPU, to write with.
+
+    Args:
+        name: a folder or hub name.
+        dtype: that its weights are read in.
+
+    Raises:
+        ConfigError: there is no such model, it cannot be reached or read, or it writes nothing.
+    """
+    if name in PRESETS:
+        raise ConfigError(
+            f"model.name: {name} is a preset, a model with random weights; give the folder or hub name of a trained one"
+        )
+    if read_config(name).is_encoder_decoder:
+        return _load(name, AutoModelForSeq2SeqLM, "encoder-decoder model of text", dtype)
+    model = _load(name, dtype=dtype)
+    _check_causal(name, model)
+    return model
+
+
+def _load(
+    name: str, kind: Any = AutoModelForCausalLM, what: str = "causal language model", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     try:
-        model, missing = load_with(AutoModelForCausalLM, name)
+        model, missing = load_with(kind, name, dtype)
     except ValueError as error:
-        raise _not_causal(name, read_config(name), error) from None
+        raise _not_of_kind(name, read_config(name), what, error) from None
     if missing:
         raise ConfigError(
             f"model.name: {name} lacks {len(missing)} of the model's tensors, {missing[0]} first; "
-            "it is not a whole causal language model"
+            f"it is not a whole {what}"
         )
     return model
 
@@ -225,11 +248,9 @@ def _check_causal(name: str, model: PreTrainedModel) -> None:
         )
 
 
-def _not_causal(name: str, hf: Any, error: Exception) -> ConfigError:
+def _not_of_kind(name: str, hf: Any, what: str, error: Exception) -> ConfigError:
     if "Unrecognized configuration class" in str(error) or "for this kind of AutoModel" in str(error):
-        return ConfigError(
-            f"model.name: {name} is a {getattr(hf, 'model_type', 'model')}, which has no causal language model"
-        )
+        return ConfigError(f"model.name: {name} is a {getattr(hf, 'model_type', 'model')}, which has no {what}")
     return ConfigError(f"model.name: {name} cannot be built: {_first_line(error)}")
 
 

@@ -142,7 +142,12 @@ def _one_layout(row: Row, seen: dict[str, tuple[str, str]], setting: str) -> Non
         )
 
 
-def _messages(row: Row, setting: str) -> list[Message]:
+def messages_of(row: Row, setting: str) -> list[Message]:
+    """The messages of a row of the layout "messages".
+
+    Raises:
+        DataError: there is no such column, or a turn lacks something, has an unknown role or no words.
+    """
     return _turns(row, setting, _LISTS, "role", "content", _ROLES)
 
 
@@ -163,7 +168,7 @@ def _dolly(row: Row, setting: str) -> list[Message]:
 
 
 _READERS: dict[str, Callable[[Row, str], list[Message]]] = {
-    "messages": _messages,
+    "messages": messages_of,
     "prompt": _prompt,
     "alpaca": _alpaca,
     "dolly": _dolly,
@@ -218,7 +223,7 @@ def _turns(
         if content.strip():  # an empty system prompt is none
             messages.append(Message(roles[who], content))
     if not messages:
-        raise _bad(row, setting, "the chat has no answer of the assistant")
+        raise _bad(row, setting, "the chat has no words in it")
     return messages
 
 

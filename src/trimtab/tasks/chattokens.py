@@ -86,6 +86,30 @@ def plain_chat(messages: Sequence[Message], eos: str) -> str:
     return _plain(messages, eos)[0]
 
 
+def encode_prompt(tokenizer: Any, messages: Sequence[Message], *, template: bool | None = None) -> list[int]:
+    """The token ids that an answer to these messages goes on from: the same as stand before it in `encode_chat`.
+
+    Raises:
+        DataError: there is no template, or it refuses the chat.
+    """
+    if template or (template is None and tokenizer.chat_template):
+        text, lead = _Template(tokenizer).render(messages, prompt=True).text, []
+    else:
+        text, lead = plain_chat(messages, tokenizer.eos_token or ""), text_beginning(tokenizer)
+    return lead + list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token by which the tokenizer's chat template ends an answer; None where it has none."""
+    messages = [Message("user", "a"), Message("assistant", "b")]
+    try:
+        ids, learned = encode_chat(tokenizer, messages, template=True)
+    except DataError:
+        return None
+    last = max((number for number, is_learned in enumerate(learned) if is_learned), default=None)
+    return ids[last] if last is not None and ids[last] in tokenizer.all_special_ids else None
+
+
 class ChatEncoder:
     """`encode_chats` in pieces: what was learned of the template's chats of each sequence of roles is kept.
 

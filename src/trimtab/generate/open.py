@@ -1,0 +1,124 @@
+"""Where a model to write with comes from: a checkpoint, or a run's folder, with adapters on it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+
+from trimtab.errors import ConfigError, TrimtabError
+from trimtab.finetuneconfig import TaskModelConfig, is_finetuning
+from trimtab.generate.generator import Generator
+from trimtab.methods.folder import CONFIG_FILE
+from trimtab.models.load import load_for_generation
+from trimtab.models.taskmodel import check_fit, task_tokenizer
+
+
+class Base(NamedTuple):
+    """A checkpoint, whose tokenizer it is (None: its own), and a run's adapter on it."""
+
+    model: str
+    tokenizer: str | None = None
+    adapter: Path | None = None
+
+
+def open_generator(
+    base: str,
+    adapters: Mapping[str, str | Path] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "auto",
+) -> Generator:
+    """Load a model with its tokenizer and adapters; the first of these is at work.
+
+    Args:
+        base: a folder or hub name of a causal or an encoder-decoder model, or the folder of a run of trimtab. A run's
+            own adapter comes first, called "run".
+        adapters: adapter folders by the names that they get.
+        dtype: of the weights; None is bf16 on a GPU and fp32 on a CPU.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", or "cuda:1".
+
+    Raises:
+        ConfigError: there is no such model, it cannot be reached or read or writes nothing; an adapter's name is taken.
+        CheckpointError: an adapter folder cannot be used, or is of another base.
+        DataError: there is no tokenizer.
+    """
+    found, where = find_base(base), _device(device)
+    dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+    config = TaskModelConfig(name=found.model, tokenizer=found.tokenizer)
+    with _named_base(base):
+        model = load_for_generation(found.model, dtype).to(where)
+        tokenizer = task_tokenizer(config)
+        check_fit(config, model.config, tokenizer, 1)
+    generator = Generator(model, tokenizer)
+    wanted = {"run": found.adapter} if found.adapter is not None else {}
+    for name in wanted.keys() & (adapters or {}).keys():
+        raise ConfigError(f"the run's own adapter is called {name!r}; give the other one another name, NAME=PATH")
+    for name, path in (wanted | dict(adapters or {})).items():
+        generator.load(name, path)
+    if generator.adapters and generator.active != generator.adapters[0]:
+        generator.use(generator.adapters[0])
+    return generator
+
+
+def find_base(base: str) -> Base:
+    """Which checkpoint a word on the command line means.
+
+    Raises:
+        ConfigError: it is an adapter folder, or a run without a model yet.
+    """
+    folder = Path(base).expanduser()
+    if (folder / "config.json").is_file() or not folder.is_dir():
+        return Base(base)
+    if (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"BASE: {base} is an adapter folder; give its base, and this one as --adapter {base}")
+    if not (folder / "config.yaml").is_file():
+        return Base(base)  # what is wrong with it is said when it is read
+    try:
+        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"BASE: {folder / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
+    model, adapter = folder / "model", folder / "adapter"
+    if is_finetuning(tree):
+        if (model / "config.json").is_file():
+            return Base(str(model))  # merged, or trained in full
+        named = tree["model"] if isinstance(tree.get("model"), dict) else {}
+        if adapter.is_dir() and isinstance(named.get("name"), str):
+            return Base(named["name"], named.get("tokenizer"), adapter)
+    elif (model / "config.json").is_file():
+        return Base(str(model), None, adapter if adapter.is_dir() else None)
+    raise ConfigError(
+        f"BASE: {base} is a run that is not complete: it holds no model yet; go on with it by --resume {base}"
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device = {name!r}: give auto, cpu, cuda or cuda:NUMBER") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device = {name!r}: give auto, cpu, cuda or cuda:NUMBER")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device = {name!r}: there are {torch.cuda.device_count()} GPUs here; give cpu, or leave it out"
+        )
+    return device
+
+
+@contextlib.contextmanager
+def _named_base(base: str) -> Iterator[None]:
+    """Loaders speak of a configuration's keys; here the model is a word on the command line."""
+    try:
+        yield
+    except TrimtabError as error:
+        key, _, text = str(error).partition(": ")
+        if key not in ("model.name", "model.tokenizer"):
+            raise
+        raise type(error)(f"BASE: {text}") from error
