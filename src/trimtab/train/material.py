@@ -17,6 +17,7 @@ from trimtab.methods.base import Method
 from trimtab.methods.registry import attach
 from trimtab.models.load import read_config
 from trimtab.models.taskmodel import (
+    build_task_model,
     check_fit,
     head_settings,
     reading_of,
@@ -26,6 +27,7 @@ from trimtab.models.taskmodel import (
 from trimtab.tasks.base import Example, Loaded
 from trimtab.tasks.batches import Collate, ExampleBatches, LayCausal, PadHead, PadPairs
 from trimtab.tasks.encode import Encoder, Reading
+from trimtab.train import randomstate
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.objective import Objective
 from trimtab.train.scoring import Scorer
@@ -56,6 +58,15 @@ class Material:
     batches: ExampleBatches
     scorer: Scorer
     notes: list[str]
+
+    def model(self) -> Any:
+        """The model, drawn and read anew; it seeds all generators."""
+        config = self.config
+        randomstate.seed_all(config.seed)
+        model = build_task_model(config.model, self.reading, self.settings, config.seed)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
 
     def objective(self, model: nn.Module) -> Objective | HeadObjective:
         """The loss of a model on this task."""
