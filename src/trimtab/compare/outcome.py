@@ -67,9 +67,7 @@ def _diverged(path: Path) -> bool:
         last = json.loads(lines[-1]) if lines else {}
     except (OSError, ValueError):
         return False
-    return (
-        isinstance(last, dict) and last.get("event") == "stop" and str(last.get("reason")).endswith("is not finite")
-    )
+    return isinstance(last, dict) and last.get("event") == "stop" and str(last.get("reason")).endswith("is not finite")
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Outcome:
     @property
     def chosen_on(self) -> str:
         """The split that chooses."""
-        return next(iter(self.results["scores"]))
+        return str(next(iter(self.results["scores"])))
 
     @property
     def held_out(self) -> str | None:

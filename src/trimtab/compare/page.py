@@ -133,7 +133,7 @@ def _figure(
         series,
         _cost_axis(label, points, form),
         _score_axis(found.reported_name, points),
-        names=[Name(point.name, point.cost, point.score) for point in points],
+        names=[Name(point.name, point.cost, point.score, point.deviation or 0.0) for point in points],
         height=_HEIGHT,
         caption=f"Not drawn, for want of figures: {', '.join(lost)}." if lost else "",
         x_word=title.lower(),
@@ -211,6 +211,6 @@ def _repeat(found: Comparison) -> str:
     command = shlex.join(found.plan.command)
     text = f"<pre>{escape(command)}</pre>" if command else ""
     return (
-        f"{text}<p>The same command goes on where it stood; with more methods, values or seeds it adds their runs. Each "
-        "run's configuration stands beside its folder.</p>"
+        f"{text}<p>The same command goes on where it stood; with more methods, values or seeds it adds their runs. "
+        "Each run's configuration stands beside its folder.</p>"
     )

@@ -18,7 +18,7 @@ from trimtab.compare.child import Child
 from trimtab.compare.outcome import Outcome, State, read_outcome, state_of
 from trimtab.compare.page import render
 from trimtab.compare.plan import Entry, Plan, Run, settings_text
-from trimtab.compare.table import Comparison, Row, choose, comparison_json, markdown, row_of, terminal_table
+from trimtab.compare.table import Comparison, Row, choose, comparison_json, markdown, row_of, terminal_tables
 from trimtab.errors import CheckpointError, ConfigError, ReportError, TrimtabError
 from trimtab.loadconfig import dump_config
 from trimtab.report.files import write_whole
@@ -49,7 +49,8 @@ def compare(plan: Plan, console: Console) -> int:
         done = sum(len(row.outcomes) for row in found.rows)
         say(console, f"the comparison stopped after {done} of {plan.size} runs; the same command goes on")
         return status
-    console.print(terminal_table(found))
+    for table in terminal_tables(found, console.width):
+        console.print(table)
     for note in found.notes():
         say(console, note)
     say(console, f"comparison: {plan.folder / 'comparison.html'}   table: {plan.folder / 'comparison.md'}")
@@ -65,7 +66,8 @@ def check(plan: Plan) -> None:
     for entry in plan.entries:
         seen: dict[str, int] = {}
         for runs in entry.grid:
-            if not any([state_of(run) == "new" for run in runs]):  # a list: every run is looked at
+            states = [state_of(run) for run in runs]
+            if "new" not in states:  # it went through this when it was begun
                 continue
             try:
                 key = _prepared_alike(runs[0])
@@ -127,8 +129,8 @@ class _Running:
                 value = chosen.headline
                 say(
                     self.console,
-                    f"{entry.label}: {settings_text(chosen.run.sweep)} is the best of {len(entry.grid)} by {value.name} "
-                    f"on {chosen.chosen_on} ({value.value:.4g})",
+                    f"{entry.label}: {settings_text(chosen.run.sweep)} is the best of {len(entry.grid)} by "
+                    f"{chosen.chosen_on} {value.name} ({value.value:.4g})",
                 )
             runs = next(runs for runs in entry.grid if runs[0] is chosen.run)
             for run in runs[1:]:

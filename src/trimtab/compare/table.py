@@ -38,9 +38,13 @@ class Spread:
         return stdev(self.values) if len(self.values) > 1 else None
 
     def text(self) -> str:
-        """0.9123 ± 0.0042"""
-        more = "" if self.deviation is None else f" ± {words.sig(self.deviation, 2)}"
-        return f"{words.sig(self.mean)}{more}"
+        """0.9123 ± 0.0042, the deviation to the digits of the mean."""
+        mean, deviation = words.sig(self.mean), self.deviation
+        if deviation is None:
+            return mean
+        if "e" in mean or mean == "0":
+            return f"{mean} ± {words.sig(deviation, 2)}"
+        return f"{mean} ± {deviation:.{len(mean.partition('.')[2])}f}"
 
     def record(self) -> dict[str, Any]:
         return {"mean": self.mean, "deviation": self.deviation, "values": list(self.values)}
@@ -232,16 +236,16 @@ class Comparison:
         if any(row.entry.grid[0][0].config.eval.keep_best for row in self.rows):
             what.append("the step that each run keeps")
         if self.sample is not None:
-            chose = f"chose {' and '.join(what)}" if what else "chose nothing"
+            chosen = f"Chosen by {self.score_name}: {' and '.join(what) if what else 'nothing'}"
             if self.held_out is not None:
-                found.append(f"{self.score_name} {chose}; {self.held_out} chose nothing.")
+                found.append(f"{chosen}. By {self.held_out}: nothing.")
             elif what:
                 found.append(
-                    f"{self.score_name} {chose}, and there is no test split: the figures are of the examples that they "
-                    "were chosen by, and somewhat too good."
+                    f"{chosen}. There is no test split: the figures are of the examples that they were chosen by, and "
+                    "somewhat too good."
                 )
             else:
-                found.append(f"{self.score_name} {chose}.")
+                found.append(f"{chosen}.")
         if len(self.plan.seeds) > 1:
             seeds = ", ".join(map(str, self.plan.seeds))
             found.append(f"Mean ± sample standard deviation (n - 1) over the seeds {seeds}.")
@@ -311,16 +315,32 @@ def _size(value: float | None) -> str:
 # -- three forms ----------------------------------------------------------------------------------
 
 
-def terminal_table(found: Comparison) -> Table:
-    """For the terminal: a column a method, since there are more figures than fit beside each other."""
+def terminal_tables(found: Comparison, width: int) -> list[Table]:
+    """For the terminal: a column a method, since there are more figures than fit beside each other.
+
+    Methods that do not fit beside the others go into a further table.
+    """
     heads, rows = cells(found)
-    table = Table(title=f"{found.plan.folder}: {len(rows)} methods", title_justify="left")
-    table.add_column("")
+    first = max(map(len, heads)) + 4
+    groups: list[list[list[str]]] = []
+    left = 0
     for row in rows:
-        table.add_column(row[0], justify="right", overflow="fold")
-    for index, head in enumerate(heads[1:], start=1):
-        table.add_row(head, *(row[index] for row in rows))
-    return table
+        wide = max(map(len, row)) + 3
+        if not groups or left < wide:
+            groups.append([])
+            left = width - first
+        groups[-1].append(row)
+        left -= wide
+    tables = []
+    for group in groups:
+        table = Table()
+        table.add_column("")
+        for row in group:
+            table.add_column(row[0], justify="right", overflow="fold")
+        for index, head in enumerate(heads[1:], start=1):
+            table.add_row(head, *(row[index] for row in group))
+        tables.append(table)
+    return tables
 
 
 def markdown(found: Comparison) -> str:

@@ -277,7 +277,9 @@ def _memory(run: RunFolder) -> str:
             for phase in run.phases
         ]
         heads = ["phase", *map(figures.memory_name, kinds), "sum on the device"]
-        table += f'<div style="height:1.2rem"></div>{data_table("Memory", heads, memory)}{figures.memory_bars(run.phases)}'
+        table += (
+            f'<div style="height:1.2rem"></div>{data_table("Memory", heads, memory)}{figures.memory_bars(run.phases)}'
+        )
     return (
         f'{table}<p class="fine">“All” counts each tied tensor once. Memory is what is held between steps plus the '
         f"gradients; activations depend on the micro-batch and come on top.{escape(_measured(run))}</p>"

@@ -71,11 +71,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Name:
-    """A word beside a point."""
+    """A word beside a point, whose error bar reaches `bar` to each side of it."""
 
     text: str
     x: float
     y: float
+    bar: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -287,11 +288,15 @@ _WIDE, _LETTER, _WORD, _POINT = 440.0, 6.6, 15.0, 7.0
 
 def _names(names: Sequence[Name], x: Axis, y: Axis, height: int) -> str:
     """Words beside their points, where they hide neither a point nor another word, as far as there is room."""
-    at = [
-        (float(x.place(np.asarray([one.x]))[0]) * _WIDE, float(1 - y.place(np.asarray([one.y]))[0]) * height)
-        for one in names
-    ]
+
+    def down(value: float) -> float:
+        return float(1 - y.place(np.asarray([value]))[0]) * height
+
+    at = [(float(x.place(np.asarray([one.x]))[0]) * _WIDE, down(one.y)) for one in names]
     taken = [(a - _POINT, b - _POINT, a + _POINT, b + _POINT) for a, b in at]
+    taken += [
+        (a - 3, down(n.y + n.bar), a + 3, down(n.y - n.bar)) for n, (a, _) in zip(names, at, strict=True) if n.bar
+    ]
     found = []
     for one, (a, b) in sorted(zip(names, at, strict=True), key=lambda pair: pair[1]):
         wide = _LETTER * len(one.text)
