@@ -103,7 +103,7 @@ def test_seeds_are_a_number_or_a_list(project: Path) -> None:
         (["--methods", "full", "--sweep", "optim.lr=1e-3,fast"], "optim.lr: 'fast' is not a number"),
         (["--methods", "full", "--sweep", "optim.lr=1,1.0"], "1.0 is given twice"),
         (["--methods", "full", "--sweep", "optim.lr=1", "--sweep", "optim.lr=2"], "is given twice"),
-        (["--methods", "lora,full", "--sweep", "lro:optim.lr=1"], "no lro is compared; did you mean lora?"),
+        (["--methods", "lora,full", "--sweep", "loar:optim.lr=1"], "no loar is compared; did you mean lora?"),
         (["--methods", "full", "--sweep", "seed=1,2"], "seeds are given with --seeds"),
         (["--methods", "full", "--sweep", "method.name=lora"], "methods are given with --methods"),
         (["--methods", "full", "--sweep", "task.max_train=1,2"], "cannot be swept"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -201,23 +200,25 @@ def test_a_child_hands_back_its_error_and_passes_on_the_rest(capfd: pytest.Captu
     assert capfd.readouterr().out == f"trimtab {trimtab.__version__}\n"
 
 
-def test_ctrl_c_ends_the_run_with_a_checkpoint_and_then_the_comparison(project: Path) -> None:
-    """By the command itself: one SIGINT to it alone, status 130, and the run in its process left a checkpoint."""
-    words = [str(project), "--methods", "bitfit", "train.steps=100_000", "eval.every=100_000"]
-    code = "import sys; from trimtab.cli import main; main()"
-    path = os.pathsep.join([str(Path(trimtab.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", code, "finetune", *words]
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_ctrl_c_ends_the_run_with_a_checkpoint_and_then_the_comparison(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One SIGINT to the comparison alone: the run in its process leaves a checkpoint; our handlers are as before."""
     metrics = project.parent / "runs" / "small" / "bitfit" / "seed0" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"step"' in metrics.read_text()):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert process.returncode == 130, err
-    assert "SIGINT: finishing this step" in err
-    assert "the comparison stopped after 0 of 1 runs; the same command goes on" in out
+
+    def interrupt() -> None:
+        while not (metrics.exists() and '"event": "step"' in metrics.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    threading.Thread(target=interrupt, daemon=True).start()
+    status = runner.compare(bitfit(project, "train.steps=100_000", "eval.every=100_000", seeds="1"), Console())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    seen = capfd.readouterr()
+    assert status == 130
+    assert "SIGINT: finishing this step" in seen.err
+    assert "the comparison stopped after 0 of 1 runs; the same command goes on" in seen.out
     assert any((metrics.parent / "checkpoints").glob("step-*"))
 
 

@@ -284,10 +284,8 @@ def _check_sweeps(sweeps: Sequence[_Sweep], chosen: Sequence[_Chosen]) -> None:
         if sweep.method is not None and not any(_meant(sweep, one) for one in chosen):
             names = list(dict.fromkeys(one.name for one in chosen))
             near = difflib.get_close_matches(sweep.method, names, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(
-                f"{sweep.option}: no {sweep.method} is compared; {hint}The methods are {', '.join(names)}"
-            )
+            hint = f"did you mean {near[0]}?" if near else f"the methods are {', '.join(names)}"
+            raise ConfigError(f"{sweep.option}: no {sweep.method} is compared; {hint}")
 
 
 def _meant(sweep: _Sweep, one: _Chosen) -> bool:
