@@ -63,7 +63,7 @@ def test_the_name_of_a_folder_does_not_depend_on_other_runs(project: Path) -> No
 
 
 def test_folders_of_values_that_no_name_can_hold_are_told_apart(project: Path) -> None:
-    words = ["{name: lora, targets: 'a.*'},{name: lora, targets: 'a+*'}"]
+    words = ["{name: lora, targets: 'a?b'},{name: lora, targets: 'a*b'}"]
     first, second = make_plan(project, methods=words).entries
     assert first.folder != second.folder
     assert all(len(entry.folder.name) < 90 for entry in (first, second))

@@ -239,6 +239,7 @@ def test_the_page_names_every_method_and_fetches_nothing(project: Path, tmp_path
     assert "default-src 'none'" in text
     assert "http" not in text.replace("http-equiv", "")
     assert sorted(page.names) == sorted(["bitfit", "full", "lora targets=<b>.*"] * 4)
+    assert len(re.findall(r'<path class="line" style="stroke:var\(--train\)"', text)) == 3 * 4  # error bars
     reports = [link for link in page.links if not link.startswith("#")]
     assert len(reports) == 6
     assert all((plan.folder / link).is_file() for link in reports)

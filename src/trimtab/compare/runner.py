@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.compare.child import Child
+from trimtab.compare.forms import comparison_json, markdown, terminal_tables
 from trimtab.compare.outcome import Outcome, State, read_outcome, state_of
 from trimtab.compare.page import render
 from trimtab.compare.plan import Entry, Plan, Run, settings_text
-from trimtab.compare.table import Comparison, Row, choose, comparison_json, markdown, row_of, terminal_tables
+from trimtab.compare.table import Comparison, choose, row_of
 from trimtab.errors import CheckpointError, ConfigError, ReportError, TrimtabError
 from trimtab.loadconfig import dump_config
 from trimtab.report.files import write_whole
@@ -247,4 +248,4 @@ def write(plan: Plan) -> Comparison:
     return found
 
 
-__all__ = ["Row", "check", "compare", "read", "show_plan", "write"]
+__all__ = ["check", "compare", "read", "show_plan", "write"]
