@@ -303,11 +303,14 @@ class PretrainConfig(RunConfig):
         return self
 
     def cautions(self) -> list[str]:
-        found = super().cautions()
-        stored = self.train.cache_storage
-        if self.train.cache_hidden is not None and stored not in ("exact", self.dtype):
-            found.append(
-                f"train.cache_storage = {stored} rounds the hidden states, which are computed in {self.dtype}, in the "
-                "first epoch as in later ones; exact keeps them as they are"
-            )
-        return found
+        return [*super().cautions(), *rounding(self.train.cache_hidden, self.train.cache_storage, self.dtype)]
+
+
+def rounding(folder: Path | None, storage: Storage, dtype: str) -> list[str]:
+    """What a user should know of hidden states that are stored in another precision than they are computed in."""
+    if folder is None or storage in ("exact", dtype):
+        return []
+    return [
+        f"train.cache_storage = {storage} rounds the hidden states, which are computed in {dtype}, in the first epoch "
+        "as in later ones; exact keeps them as they are"
+    ]

@@ -20,6 +20,7 @@ from trimtab.methods.base import Adapter
 from trimtab.report.page import write_report
 from trimtab.report.spectrum import update_spectrum
 from trimtab.train.best import Best
+from trimtab.train.cachedexamples import CachedExamples
 from trimtab.train.checkpoint import Checkpoint, load
 from trimtab.train.folder import refuse_used_folder, replace_text, save_model, sole_user
 from trimtab.train.material import Material, prepare
@@ -94,6 +95,12 @@ class _Run(Session[FinetuneConfig]):
         objective.check(sample)
         if checkpoint is None:
             stack.enter_context(sole_user(self.folder))
+        cached = None
+        if config.train.cache_hidden is not None:
+            before = checkpoint.extra.get("cache_hidden") if checkpoint else None
+            cached = CachedExamples(config, adapter, objective, batches, self.device, before)
+            stack.callback(cached.cache.close)
+            cached.prepare(start, self.console)
         self.open_folder(checkpoint, adapter)
         say(
             self.console,
@@ -102,7 +109,8 @@ class _Run(Session[FinetuneConfig]):
         )
         best = Best(config.eval.patience)
         best.read_log(self.folder / "metrics.jsonl")
-        saver = self.saver(model, adapter, optimizer, {}, checkpoint)
+        extra = {"cache_hidden": cached.place if cached else None}
+        saver = self.saver(model, adapter, optimizer, extra, checkpoint)
         saver.pinned = best.step
         log = self.open_log(checkpoint, stack)
 
@@ -124,7 +132,7 @@ class _Run(Session[FinetuneConfig]):
             model=model,
             adapter=adapter,
             optimizer=optimizer,
-            objective=objective,
+            objective=cached or objective,
             batches=batches,
             saver=saver,
             micro_batch=micro,

@@ -5,12 +5,12 @@ Whatever is wrong with the task, the tokenizer, the model's kind or the method i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
 
-from trimtab.config import DTYPES
+from trimtab.config import DTYPES, Misfit
 from trimtab.errors import CannotSave, ConfigError, DataError
 from trimtab.finetuneconfig import ExamplesConfig, FinetuneConfig, ScoreConfig
 from trimtab.methods.base import Method
@@ -91,14 +91,22 @@ def prepare(config: FinetuneConfig) -> Material:
 
     encoder = Encoder(tokenizer, reading, config.data.length, config.data.too_long)
     collate = collate_for(reading, tokenizer, hf, config.model.name, config.data)
+    packed = reading == "causal" and config.data.packing
+    if config.train.cache_hidden is not None and packed:
+        raise Misfit(
+            "train.cache_hidden",
+            f"{config.train.cache_hidden}: packed sequences are others in each epoch, so that nothing stored would be "
+            "read again; set data.packing=false",
+        )
     train: list[Example] = list(loaded.splits["train"])
     scorer = Scorer(config.task, loaded, reading, encoder, collate, config.eval)
     encoded = encoder(scorer.as_written(train), "train")
     scorer.longest_answer = int(encoded.due.max()) if reading != "head" else 0
-    packed = reading == "causal" and config.data.packing
-    batches = ExampleBatches(
-        encoded, collate, config.train.batch, config.seed, grouped=config.data.group_by_length and not packed
-    )
+    trained = collate
+    if isinstance(collate, LayCausal) and config.train.cache_hidden is not None:
+        trained = replace(collate, masked=True)  # which positions hold tokens is part of what is stored
+    grouped = config.data.group_by_length and not packed
+    batches = ExampleBatches(encoded, trained, config.train.batch, config.seed, grouped=grouped)
     notes = [*loaded.notes, *(f"split train: {note}" for note in encoded.notes)]
     skipped = [f"{count} of {split}" for split, count in loaded.skipped.items() if count]
     if skipped:
