@@ -23,7 +23,7 @@ from trimtab.tasks.base import Headline
 from trimtab.tasks.batches import PadHead
 from trimtab.tasks.encode import Encoded
 from trimtab.tasks.ragged import Ragged
-from trimtab.train import finetune as module
+from trimtab.train import material as module
 from trimtab.train.finetune import FinetuneResult, finetune
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.material import prepare
