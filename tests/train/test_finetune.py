@@ -23,7 +23,6 @@ from trimtab.tasks.base import Headline
 from trimtab.tasks.batches import PadHead
 from trimtab.tasks.encode import Encoded
 from trimtab.tasks.ragged import Ragged
-from trimtab.train import material as module
 from trimtab.train.finetune import FinetuneResult, finetune
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.material import prepare
@@ -306,6 +305,6 @@ def test_a_tokenizer_with_more_words_than_the_model_is_refused(place: Path, tmp_
 def test_targets_that_match_nothing_are_found_before_the_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "build_task_model", None)  # weights are not asked for
+    monkeypatch.setattr("trimtab.train.material.build_task_model", None)  # weights are not asked for
     with pytest.raises(trimtab.TargetError):
         run(place, tmp_path, "bert", labelled(place), "{name: lora, targets: [nothing]}")

@@ -107,7 +107,7 @@ class _Run(Session[FinetuneConfig]):
         log = self.open_log(checkpoint, stack)
 
         def evaluate(step: int) -> Scores:
-            return material.scorer(model, objective, examples=config.eval.examples)
+            return material.scorer(model, objective, examples=config.eval.examples, final=False)
 
         def evaluated(step: int, scores: Scores) -> None:
             if best.offer(step, scores.headline) and config.eval.keep_best:
