@@ -189,7 +189,7 @@ def pretrain(
 
     path, overrides = split_words(words or [])
     if resume is not None and path is None:
-        path = config_of(resume)
+        path = config_of(resume, "pretrain")
     config = _load(path, overrides)
     console = open_console()
     if dry_run:

@@ -115,7 +115,7 @@ def finetune(
     if dry_run:
         raise ConfigError("--dry-run: lists the runs of a comparison; give --methods, --seeds or --sweep with it")
     if resume is not None and path is None:
-        path = config_of(resume)
+        path = config_of(resume, "finetune")
     if path is None and not overrides:
         raise ConfigError("command line: no config file is given; name one, such as examples/finetune-reviews.yaml")
     config = load_tree(FinetuneConfig, path, overrides)
