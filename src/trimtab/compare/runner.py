@@ -47,7 +47,8 @@ def compare(plan: Plan, console: Console) -> int:
         status = _Running(plan, console).go()
         found = write(plan)
     if status:
-        done = sum(len(row.outcomes) for row in found.rows)
+        runs = (run for entry in plan.entries for point in entry.grid for run in point)
+        done = sum(state_of(run) in ("complete", "diverged") for run in runs)
         say(console, f"the comparison stopped after {done} of {plan.size} runs; the same command goes on")
         return status
     for table in terminal_tables(found, console.width):
