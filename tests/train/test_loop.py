@@ -123,7 +123,9 @@ def test_events_come_through_as_they_are(tmp_path: Path) -> None:
     """The method's events, evaluations and checkpoints, in the order in which they happen."""
     result = EvalResult(1.0, 2.0, 3.0, 4, 5)
     changed: list[int] = []
-    run = build(tmp_path, eval_every=6, checkpoint_every=5, evaluate=lambda step: result, trainable_changed=changed.append)
+    run = build(
+        tmp_path, eval_every=6, checkpoint_every=5, evaluate=lambda step: result, trainable_changed=changed.append
+    )
     go(run)
     found = [f"{e['event']} {e['step']}" for e in run.log.events]
     wanted = "switch 3, checkpoint 5, restart 6, eval 6, restart 9, checkpoint 10, checkpoint 12"

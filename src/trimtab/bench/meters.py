@@ -225,9 +225,9 @@ def count_flops(function: Callable[[], object]) -> int:
 # Runs a script as __main__ and then writes this process's peak where the parent reads it.
 # It imports nothing large itself: torch alone would be 200 MB of somebody else's peak.
 _BOOTSTRAP = """
-import runpy, sys
-sys.path.insert(0, {root!r})
+import os, runpy, sys
 target, sys.argv = sys.argv[1], sys.argv[2:]
+sys.path[:0] = [os.path.dirname(os.path.abspath(sys.argv[0])), {root!r}]
 {measure}
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -209,28 +209,28 @@ def _within(lengths: Tensor, width: int) -> Tensor:
 
 
 class StepBatch:
-    """The examples of one step; tensors are made part by part."""
+    """The examples of one step, `rows` of its data; tensors are made part by part."""
 
     def __init__(self, data: Encoded, collate: Collate, rows: NDArray[np.int64]) -> None:
-        self._data, self._collate, self._rows = data, collate, rows
+        self._data, self._collate, self.rows = data, collate, rows
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @property
     def n_valid(self) -> int:
         """How many tokens or labels are scored."""
-        return int(self._data.due[self._rows].sum())
+        return int(self._data.due[self.rows].sum())
 
     @property
     def tokens(self) -> int:
         """How many tokens it has, without padding."""
-        return int(self._data.tokens[self._rows].sum())
+        return int(self._data.tokens[self.rows].sum())
 
     def split(self, micro: int) -> Iterator[Part]:
         """Micro-batches of `micro` examples in order; the last may be smaller."""
-        for start in range(0, len(self._rows), micro):
-            yield self._collate(self._data, self._rows[start : start + micro].tolist())
+        for start in range(0, len(self.rows), micro):
+            yield self._collate(self._data, self.rows[start : start + micro].tolist())
 
 
 class ExampleBatches:

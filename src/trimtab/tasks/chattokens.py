@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -141,15 +141,17 @@ class ChatEncoder:
 
     def encode(self, chats: Sequence[Sequence[Message]]) -> list[Encoded]:
         """The ids and flags of each chat."""
-        encoded: list[Encoded] = []
+        return list(self.each(chats))
+
+    def each(self, chats: Sequence[Sequence[Message]]) -> Iterator[Encoded]:
+        """The ids and flags of one chat after the other: as lists, all of many chats would take 40 bytes a token."""
         for first in range(0, len(chats), _AT_ONCE):
             group = [tuple(messages) for messages in chats[first : first + _AT_ONCE]]
             located = self._located(group, first, len(chats))
             tokens = self._backend.encode_batch([text for text, _ in located], add_special_tokens=False)
             for (_, spans), found in zip(located, tokens, strict=True):
                 learned = _inside(found.offsets, spans)
-                encoded.append((self._lead + found.ids, [False] * len(self._lead) + learned))
-        return encoded
+                yield self._lead + found.ids, [False] * len(self._lead) + learned
 
     def _located(
         self, group: Sequence[tuple[Message, ...]], first: int, total: int

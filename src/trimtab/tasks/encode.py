@@ -154,16 +154,17 @@ class Encoder:
         return self._causal(pairs, split, "examples")
 
     def _chats(self, examples: Sequence[Chat], split: str) -> Encoded:
-        from trimtab.tasks.chattokens import encode_chats
+        from trimtab.tasks.chattokens import ChatEncoder
 
-        return self._causal(encode_chats(self.tokenizer, [e.messages for e in examples]), split, "chats")
+        each = ChatEncoder(self.tokenizer).each([e.messages for e in examples])
+        return self._causal([(np.asarray(i, np.int32), np.asarray(flags, bool)) for i, flags in each], split, "chats")
 
-    def _causal(self, pairs: Sequence[tuple[Sequence[int], Sequence[bool]]], split: str, what: str) -> Encoded:
+    def _causal(self, pairs: Sequence[tuple[Any, Any]], split: str, what: str) -> Encoded:
         """Cut at `seq_len`, and leave out what has nothing to learn then."""
         long = np.asarray([len(ids) > self.seq_len for ids, _ in pairs])
         keep, notes = self._judge(long, split, what)
         cut = [(ids[: self.seq_len], learned[: self.seq_len]) for ids, learned in pairs]
-        taught = np.asarray([any(learned[1:]) for _, learned in cut])
+        taught = np.asarray([True in learned[1:] for _, learned in cut])
         if mute := int((keep & ~taught).sum()):
             notes.append(f"{mute} of {len(pairs)} {what} have no answer within data.seq_len and are left out.")
         keep &= taught
