@@ -55,7 +55,6 @@ EXAMPLES
   trimtab generate base --adapter adapter          chat with a model and an adapter on it
   trimtab finetune examples/finetune-reviews.yaml  a checkpoint learns a task
   trimtab eval runs/reviews                        its scores; or of other files, or other models
-  trimtab generate base --adapter adapter          answers, or a chat
   trimtab merge base adapter out                   an adapter into a checkpoint, file by file
   trimtab export runs/b delta --delta-rank 64      a run's whole update as one LoRA
   trimtab export runs/b b.gguf --gguf              its model for llama.cpp
