@@ -42,9 +42,9 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 _MANUAL = """Train large Transformers through small updates.
 
 Trimtab pre-trains language models with ReLoRA (high-rank training through a sequence of low-rank
-updates, arXiv 2307.05695), in full, or with any of its other methods (LoRA, AdaLoRA, VeRA, (IA)3,
-BitFit, bottleneck adapters, prompt and prefix tuning, READ, Ladder Side-Tuning), and leaves a
-folder with a model that Hugging Face transformers loads and a report to look at.
+updates, arXiv 2307.05695), and fine-tunes Hugging Face checkpoints on tasks; both in full or with
+any of its methods (LoRA, AdaLoRA, VeRA, (IA)3, BitFit, bottleneck adapters, prompt and prefix
+tuning, READ, Ladder Side-Tuning). A run leaves a folder with what was trained and a report.
 
 \b
 EXAMPLES
@@ -53,6 +53,8 @@ EXAMPLES
   trimtab pretrain run.yaml optim.lr=5e-4 name=b   the same run with two settings changed
   trimtab pretrain --resume runs/b                 go on from the newest checkpoint
   trimtab generate base --adapter adapter          chat with a model and an adapter on it
+  trimtab finetune examples/finetune-reviews.yaml  a checkpoint learns a task
+  trimtab eval runs/reviews                        its scores; or of other files, or other models
   trimtab merge base adapter out                   an adapter into a checkpoint, file by file
   trimtab export runs/b delta --delta-rank 64      a run's whole update as one LoRA
   trimtab export runs/b b.gguf --gguf              its model for llama.cpp
@@ -189,7 +191,7 @@ def pretrain(
 
     path, overrides = split_words(words or [])
     if resume is not None and path is None:
-        path = config_of(resume)
+        path = config_of(resume, "pretrain")
     config = _load(path, overrides)
     console = open_console()
     if dry_run:

@@ -31,6 +31,14 @@ EXAMPLES
   trimtab finetune run.yaml 'method={name: lora, rank: 8}' optim.lr=3e-4 name=lora
   trimtab finetune run.yaml eval.every=100 eval.patience=5
   trimtab finetune --resume runs/lora
+  trimtab finetune run.yaml --methods full,lora,read --seeds 3 --sweep optim.lr=1e-4,3e-4
+
+\b
+COMPARISONS
+  With --methods, --seeds or --sweep there is a run for each combination, one after another, in
+  runs/NAME/METHOD/SETTINGS-seedN/. For each method the sweep runs with the first seed, the best of
+  it by validation is chosen, and the other seeds run with that. The same command goes on where it
+  stood. runs/NAME/comparison.html, .md and .json have the table and the figures (docs/compare.md).
 
 \b
 FILES
@@ -65,14 +73,49 @@ def finetune(
             "CONFIG.yaml its own is used.",
         ),
     ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            metavar="LIST",
+            help="Compare these methods: names or mappings with settings between commas, such as "
+            "'full,lora,{name: vera, rank: 256}'. May be repeated.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds", metavar="N", help="Run each method with N seeds, from `seed` on, or with those of a list: 0,1,2."
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="KEY=V1,V2",
+            help="Try these values of a setting and choose by validation; METHOD:KEY=V1,V2 for one method. May be "
+            "repeated: all combinations are tried.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check a comparison and print its runs; train and write nothing.")
+    ] = False,
 ) -> int:
     """Train; the help text above is what a user reads."""
     from trimtab.finetuneconfig import FinetuneConfig
     from trimtab.loadconfig import load_tree
 
     path, overrides = split_words(words or [])
+    if methods or sweep or seeds is not None:
+        if resume is not None:
+            raise ConfigError(
+                f"--resume {resume}: a comparison goes on by the command that began it; leave --resume out"
+            )
+        return _compare(path, overrides, methods or [], seeds, sweep or [], dry_run)
+    if dry_run:
+        raise ConfigError("--dry-run: lists the runs of a comparison; give --methods, --seeds or --sweep with it")
     if resume is not None and path is None:
-        path = config_of(resume)
+        path = config_of(resume, "finetune")
     if path is None and not overrides:
         raise ConfigError("command line: no config file is given; name one, such as examples/finetune-reviews.yaml")
     config = load_tree(FinetuneConfig, path, overrides)
@@ -81,3 +124,25 @@ def finetune(
     if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
         raise KeyboardInterrupt
     return int(train(config, resume=resume, console=open_console()).exit_status)
+
+
+def _compare(
+    path: Path | None, overrides: list[str], methods: list[str], seeds: str | None, sweep: list[str], dry_run: bool
+) -> int:
+    if path is None and not overrides:
+        raise ConfigError("command line: no config file is given; name one, such as examples/finetune-reviews.yaml")
+    from trimtab.compare.plan import make_plan
+
+    command = ["trimtab", "finetune", *([str(path)] if path else []), *overrides]
+    command += [word for one in methods for word in ("--methods", one)]
+    command += [] if seeds is None else ["--seeds", seeds]
+    command += [word for one in sweep for word in ("--sweep", one)]
+    plan = make_plan(path, overrides, methods=methods, seeds=seeds, sweeps=sweep, command=command)
+    from trimtab.compare.runner import compare, show_plan
+
+    if interrupted:
+        raise KeyboardInterrupt
+    if dry_run:
+        show_plan(plan, open_console())
+        return 0
+    return compare(plan, open_console())

@@ -39,14 +39,23 @@ def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), [word for word in words if word not in files]
 
 
-def config_of(run: Path) -> Path:
-    """The configuration in a run folder."""
+def config_of(run: Path, command: str) -> Path:
+    """The configuration in the folder of a run of this command.
+
+    Raises:
+        CheckpointError: it is no run folder, or that of another command.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         what = "holds no config.yaml, so it is no run folder" if run.is_dir() else "there is no such folder"
         if run.is_file():
             what = f"is a file; give the run's folder, {run.parent}"
         raise CheckpointError(f"--resume {run}: {what}")
+    # Only a fine-tuning run has a task; its other sections may be wrong, which is said of them later.
+    tuned = any(line.startswith("task:") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    if tuned != (command == "finetune"):
+        made = "finetune" if tuned else "pretrain"
+        raise CheckpointError(f"--resume {run}: this is a run of `trimtab {made}`; use that command")
     return path
 
 

@@ -11,6 +11,7 @@ import abc
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from trimtab.errors import ConfigError
@@ -20,6 +21,8 @@ from trimtab.settings import HubSource, Settings
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+#: What is computed in, by its name in a configuration.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: How hidden states are stored.
 Storage = Literal["bf16", "int8", "exact"]
 
@@ -300,11 +303,14 @@ class PretrainConfig(RunConfig):
         return self
 
     def cautions(self) -> list[str]:
-        found = super().cautions()
-        stored = self.train.cache_storage
-        if self.train.cache_hidden is not None and stored not in ("exact", self.dtype):
-            found.append(
-                f"train.cache_storage = {stored} rounds the hidden states, which are computed in {self.dtype}, in the "
-                "first epoch as in later ones; exact keeps them as they are"
-            )
-        return found
+        return [*super().cautions(), *rounding(self.train.cache_hidden, self.train.cache_storage, self.dtype)]
+
+
+def rounding(folder: Path | None, storage: Storage, dtype: str) -> list[str]:
+    """What a user should know of hidden states that are stored in another precision than they are computed in."""
+    if folder is None or storage in ("exact", dtype):
+        return []
+    return [
+        f"train.cache_storage = {storage} rounds the hidden states, which are computed in {dtype}, in the first epoch "
+        "as in later ones; exact keeps them as they are"
+    ]

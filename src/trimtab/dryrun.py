@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from trimtab.config import PretrainConfig
+from trimtab.config import DTYPES, PretrainConfig
 from trimtab.data.tokens import store_folder
 from trimtab.loadconfig import dump_config, unused_settings
 from trimtab.methods.base import Adapter
@@ -17,7 +17,7 @@ from trimtab.preflight import check_method, complete_store, known_vocabulary, lo
 from trimtab.report.terminal import draws_braille, schedule_picture, terminal_width
 from trimtab.train.cached import check_cache, look_ahead, room_is_short, told
 from trimtab.train.memory import predict_phases, size_text
-from trimtab.train.run import DTYPES, phase_table
+from trimtab.train.run import phase_table
 
 
 def dry_run(config: PretrainConfig, console: Console) -> None:

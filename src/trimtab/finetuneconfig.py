@@ -7,7 +7,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trimtab.config import LossConfig, Misfit, ModelConfig, NonNegativeInt, PositiveInt, RunConfig, ScheduleConfig
+from trimtab.config import (
+    LossConfig,
+    Misfit,
+    ModelConfig,
+    NonNegativeInt,
+    PositiveInt,
+    RunConfig,
+    ScheduleConfig,
+    Storage,
+    rounding,
+)
 from trimtab.settings import Settings
 from trimtab.tasks import TaskField
 from trimtab.tasks.base import Convention
@@ -62,6 +72,7 @@ class TaskTrainConfig(Settings):
     """How long, and how many examples a step: `batch` of them, in micro-batches of `micro_batch`.
 
     `steps` or `epochs`, not both; without either it is 3 epochs. The configuration in a run's folder has `steps`.
+    `cache_hidden` and `cache_storage` are as in pre-training (`config.TrainConfig`).
     """
 
     steps: PositiveInt | None = None
@@ -70,6 +81,8 @@ class TaskTrainConfig(Settings):
     micro_batch: PositiveInt | None = None
     clip: Annotated[float, Field(gt=0.0)] | None = 1.0
     stop_at: PositiveInt | None = None
+    cache_hidden: Path | None = None
+    cache_storage: Storage = "bf16"
 
     @model_validator(mode="after")
     def _one_length(self) -> TaskTrainConfig:
@@ -146,9 +159,18 @@ class FinetuneConfig(RunConfig):
                 f"{self.eval.patience} stops some evaluations after the best, and eval.keep_best = false would keep "
                 "what came after it; set keep_best to true",
             )
+        if train.cache_hidden is not None and (why := self.method.no_hidden_cache):
+            raise Misfit(
+                "train.cache_hidden",
+                f"{train.cache_hidden}: hidden states cannot be kept for the method {self.method.name}: {why}; leave "
+                "it out",
+            )
         if train.steps is not None:
             self.check_method()
         return self
+
+    def cautions(self) -> list[str]:
+        return [*super().cautions(), *rounding(self.train.cache_hidden, self.train.cache_storage, self.dtype)]
 
     def resolved(self, steps_per_epoch: int) -> FinetuneConfig:
         """This configuration with the number of steps in place of the number of epochs.

@@ -91,17 +91,47 @@ def load_tree(
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong; the message is one line.
     """
-    origins = Origins(path, kind)
-    tree: Tree = copy.deepcopy(dict(start or {})) if path is None else _read_yaml(path, origins)
-    for word in overrides:
-        _apply(tree, word, origins)
-    _empty_sections(tree, kind)
+    tree, origins = _read(kind, path, overrides, start)
     for key, value in _switches_as_numbers(tree, kind):
         raise ConfigError(f"{origins.of(key)}: {dotted(key)}: {shown(value)} is not a number")
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(describe(error, tree, origins)) from None
+
+
+def _read(
+    kind: type[BaseModel], path: Path | None, overrides: Sequence[str], start: Mapping[str, Any] | None = None
+) -> tuple[Tree, Origins]:
+    """The tree as it was written, with nothing checked."""
+    origins = Origins(path, kind)
+    tree: Tree = copy.deepcopy(dict(start or {})) if path is None else _read_yaml(path, origins)
+    for word in overrides:
+        _apply(tree, word, origins)
+    _empty_sections(tree, kind)
+    return tree, origins
+
+
+def given_method(kind: type[RunConfig], path: Path | None, overrides: Sequence[str] = ()) -> str | None:
+    """The name of the method that file and words give, if they give one; nothing is checked.
+
+    Raises:
+        ConfigError: the file cannot be read, or a word is no setting.
+    """
+    section = _read(kind, path, overrides)[0].get("method")
+    return str(section["name"]) if isinstance(section, dict) and "name" in section else None
+
+
+def flow_list(text: str, where: str) -> list[Any]:
+    """The values of a list that is written without its brackets: `1e-4, [a, b], {name: lora}`.
+
+    Raises:
+        ConfigError: it is no such list; `where` begins the message.
+    """
+    values = _parse(f"[{text}]", where, None)
+    if not isinstance(values, list):
+        raise ConfigError(f"{where}: is not a list of values between commas")
+    return values
 
 
 def dump_config(config: RunConfig) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from trimtab.config import DataConfig, PretrainConfig
+from trimtab.config import DTYPES, DataConfig, PretrainConfig
 from trimtab.data.sources import Input, resolve
 from trimtab.data.store import MANIFEST, TokenStore
 from trimtab.data.tokenizer import load_tokenizer
@@ -45,7 +44,7 @@ def check_method(config: PretrainConfig, model: nn.Module) -> Adapter:
     Raises:
         TrimtabError: it does not go with the model, or what it learns could not be saved.
     """
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    dtype = DTYPES[config.dtype]
     adapter = attach(model, config.method.for_pretraining(config.seed), dtype=dtype, pure=config.pure)
     if adapter.no_merge:  # then what was learned is saved beside the model
         try:

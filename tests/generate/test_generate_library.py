@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from chats_for_tests import CHATML, MISTRAL
+from chats_for_tests import CHATML, MISTRAL, chat_tokenizer
 from generate_for_tests import METHODS, save_adapter, save_llama, save_t5
+from models_for_tests import tiny_bert, tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import trimtab
 from trimtab.errors import CheckpointError, ConfigError, DataError
 from trimtab.generate import Generator, Message, Sampling, find_base, open_generator, read_prompts
+from trimtab.generate.generator import _Stream
 
 PROMPT = "The capital of France"
 GREEDY = Sampling(max_new_tokens=9)
@@ -264,8 +266,6 @@ def test_a_run_stands_for_its_model_and_adapter(tmp_path: Path) -> None:
 
 def test_what_is_no_model_to_write_with_is_said(tmp_path: Path) -> None:
     """With the loader's own words, about BASE."""
-    from models_for_tests import tiny_bert
-
     (tmp_path / "empty").mkdir()
     tiny_bert().bert.save_pretrained(tmp_path / "bert")
     base = save_llama(tmp_path / "bare")
@@ -279,6 +279,11 @@ def test_what_is_no_model_to_write_with_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=error):
             open_generator(name, device="cpu")
+    more = AutoTokenizer.from_pretrained(save_llama(tmp_path / "more"))
+    more.add_tokens(["<more>"])
+    more.save_pretrained(tmp_path / "more")
+    with pytest.raises(ConfigError, match=r"^BASE: .*tokens and .* embeddings for"):
+        open_generator(str(tmp_path / "more"), device="cpu")
     with pytest.raises(DataError, match=r"^BASE: the tokenizer of .* could not be loaded"):
         open_generator(base, device="cpu")
     with pytest.raises(ConfigError, match=r"device = 'tpu': give auto, cpu, cuda"):
@@ -330,11 +335,36 @@ def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_a_generator_is_made_of_a_model_in_memory() -> None:
     """As a library, without any folder."""
-    from chats_for_tests import chat_tokenizer
-    from models_for_tests import tiny_llama
-
     tokenizer = chat_tokenizer(None)
     model = tiny_llama(vocab_size=len(tokenizer)).train()
     generator = Generator(model, tokenizer)
     assert generator.adapters == [] and generator.active is None and not model.training
     assert generator.answer(PROMPT, GREEDY).tokens == 9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_that_were_on_a_model_before_are_in_eval_mode(method: str) -> None:
+    """Also the one that is off when the model is taken."""
+    tokenizer = chat_tokenizer(None)
+    model = tiny_llama(vocab_size=len(tokenizer)).train()
+    for name in "ab":
+        trimtab.attach(model, METHODS[method], name=name)
+    generator = Generator(model.train(), tokenizer)
+    for name in "ab":
+        generator.use(name)
+        assert not any(module.training for module in model.modules())
+
+
+def test_text_is_streamed_in_whole_characters() -> None:
+    """A character of several tokens waits for its last one."""
+    tokenizer = chat_tokenizer(None)
+    pieces: list[str] = []
+    stream = _Stream(tokenizer, pieces.append)
+    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    text = "naïve 東 dreams 😀"
+    for token in tokenizer(text)["input_ids"]:
+        stream.put(torch.tensor([token]))
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    stream.put(torch.tensor([tokenizer("é")["input_ids"][0]]))
+    stream.end()
+    assert len(pieces) > 3 and "".join(pieces).startswith(text)

@@ -1,6 +1,4 @@
 import json
-import sys
-import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -263,10 +261,8 @@ def test_seq2seq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert task.form == "text"
     assert loaded.splits["train"] == [Written("summarize: s1 {x}", ("t",)), Written("summarize: s2", ("u", "v"))]
     asked: list[Any] = []
-    fake: Any = types.ModuleType("trimtab.tasks.nlg")
-    fake.rouge = lambda *args: asked.append(args) or {"ROUGE-1": 1.0}
-    fake.bleu = lambda *args: asked.append(args) or 2.0
-    monkeypatch.setitem(sys.modules, "trimtab.tasks.nlg", fake)
+    monkeypatch.setattr("trimtab.tasks.nlg.rouge", lambda *args: asked.append(args) or {"ROUGE-1": 1.0})
+    monkeypatch.setattr("trimtab.tasks.nlg.bleu", lambda *args: asked.append(args) or 2.0)
     assert task.score("validation", ["h", None], loaded.splits["validation"]) == {
         "ROUGE-1": 1.0,
         "BLEU (lower case)": 2.0,

@@ -105,7 +105,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, package)
 
     monkeypatch.setattr(importlib, "import_module", without)
-    with pytest.raises(ConfigError, match=r"need sklearn, .*pip install 'trimtab\[tasks\]'"):
+    with pytest.raises(ConfigError, match=r"needs the package sklearn: .*pip install 'trimtab\[tasks\]'"):
         metrics.require("scipy.stats", "sklearn.metrics")
     with pytest.raises(ConfigError, match="sklearn"):
         metrics.f1([1], [1])

@@ -32,6 +32,13 @@ class Tokens:
     def n_valid(self) -> int:
         return int((self.labels != -100).sum())
 
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.numel()
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
     def split(self, micro: int) -> Iterator[Tokens]:
         for ids, labels in zip(self.input_ids.split(micro), self.labels.split(micro), strict=True):
             yield Tokens(ids, labels)
@@ -53,6 +60,9 @@ class RandomTokens:
 
     def epoch(self, step: int) -> float:
         return step / 10
+
+    def tokens(self, step: int) -> int:
+        return step * 4 * LENGTH
 
 
 def objective(model: nn.Module) -> Callable[[Any], Tensor]:

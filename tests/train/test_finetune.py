@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ import trimtab
 from trimtab.errors import ConfigError, DataError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.loadconfig import load_tree
+from trimtab.nn.stacks import find_stacks
 from trimtab.tasks.base import Headline
 from trimtab.tasks.batches import PadHead
 from trimtab.tasks.encode import Encoded
 from trimtab.tasks.ragged import Ragged
-from trimtab.train import finetune as module
 from trimtab.train.finetune import FinetuneResult, finetune
 from trimtab.train.headobjective import HeadObjective
-from trimtab.train.material import prepare
+from trimtab.train.material import Material, prepare
 from trimtab.train.scoring import Scorer, Scores
 
 
@@ -306,6 +307,70 @@ def test_a_tokenizer_with_more_words_than_the_model_is_refused(place: Path, tmp_
 def test_targets_that_match_nothing_are_found_before_the_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "build_task_model", None)  # weights are not asked for
+    monkeypatch.setattr("trimtab.train.material.build_task_model", None)  # weights are not asked for
     with pytest.raises(trimtab.TargetError):
         run(place, tmp_path, "bert", labelled(place), "{name: lora, targets: [nothing]}")
+
+
+# -- hidden states that are kept -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_kept_hidden_states_change_nothing_but_what_is_computed(
+    family: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored exactly, the losses are those without a cache; after the first epoch the blocks do not run."""
+    blocks = 0
+    build = Material.model
+
+    def counted(self: Material) -> Any:
+        def count(*_: Any) -> None:
+            nonlocal blocks
+            blocks += model.training  # scoring goes past the cache
+
+        model = build(self)
+        inside = next(m for m in find_stacks(model)[-1].blocks[0].modules() if isinstance(m, torch.nn.Linear))
+        inside.register_forward_hook(count)
+        return model
+
+    monkeypatch.setattr(Material, "model", counted)
+    task = {
+        "name": "classification",
+        "train": str(place / "held-out.jsonl"),
+        "validation": str(place / "labelled.jsonl"),
+    }
+    told = {"train__steps": 20, "data__packing": "false", "eval__every": 20, "eval__examples": 8}
+    losses, runs = [], []
+    for kept in (None, tmp_path / "states"):
+        blocks = 0
+        out = tmp_path / str(kept is None)
+        more = {} if kept is None else {"train__cache_hidden": kept, "train__cache_storage": "exact"}
+        run(place, out, family, task, "read", **told, **more)
+        losses.append([record["loss"] for record in events(out / "run", "step")])
+        runs.append(blocks)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert runs[0] >= 20
+    assert runs[1] < runs[0] - 10
+
+
+def test_a_run_with_kept_states_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
+    """Also when they are gone: what the completed steps stored is computed anew in the same micro-batches."""
+    losses = []
+    for side in "ab":
+        folder = tmp_path / side
+        states = {"train__cache_hidden": folder / "states", "train__micro_batch": 4, "train__steps": 30}
+        stop = {} if side == "a" else {"train__stop_at": 11}
+        run(place, folder, "bert", labelled(place), "read", **states, **stop)
+        if side == "b":
+            shutil.rmtree(folder / "states")
+            finetune(load_tree(FinetuneConfig, folder / "run" / "config.yaml"), resume=folder / "run", console=quiet())
+        losses.append([record["loss"] for record in events(folder / "run", "step")])
+    assert losses[0] == losses[1]
+
+
+def test_packed_sequences_are_not_kept(place: Path, tmp_path: Path) -> None:
+    task = {"name": "chat", "train": str(place / "chats.jsonl")}
+    with pytest.raises(ConfigError, match=r"train\.cache_hidden: .*data\.packing=false"):
+        run(place, tmp_path, "llama", task, "read", train__cache_hidden=tmp_path / "states")
+    with pytest.raises(ConfigError, match=r"train\.cache_hidden: .*method lora"):
+        run(place, tmp_path, "bert", labelled(place), "lora", train__cache_hidden=tmp_path / "states")

@@ -123,7 +123,9 @@ def test_events_come_through_as_they_are(tmp_path: Path) -> None:
     """The method's events, evaluations and checkpoints, in the order in which they happen."""
     result = EvalResult(1.0, 2.0, 3.0, 4, 5)
     changed: list[int] = []
-    run = build(tmp_path, eval_every=6, checkpoint_every=5, evaluate=lambda: result, trainable_changed=changed.append)
+    run = build(
+        tmp_path, eval_every=6, checkpoint_every=5, evaluate=lambda step: result, trainable_changed=changed.append
+    )
     go(run)
     found = [f"{e['event']} {e['step']}" for e in run.log.events]
     wanted = "switch 3, checkpoint 5, restart 6, eval 6, restart 9, checkpoint 10, checkpoint 12"
@@ -175,8 +177,11 @@ class Slow(Record):
         Path(sys.argv[1], "ready").touch()
         time.sleep(float(sys.argv[2]))
 run = build(Path(sys.argv[1]), log=Slow(), total=500)
-with run.signals:
-    train(run)
+try:
+    with run.signals:
+        train(run)
+except KeyboardInterrupt:  # what Python itself leaves with depends on what libraries do at its end
+    sys.exit("KeyboardInterrupt")
 sys.exit(run.signals.status)
 """
 
@@ -205,7 +210,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, first: int) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert b"KeyboardInterrupt" in said
-    assert process.returncode in (130, -signal.SIGINT)
+    assert process.returncode == 1, said
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -249,7 +249,9 @@ def own_peak_resident() -> int:
     platform: str = sys.platform
     if platform == "linux":
         with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
+            found = next((int(line.split()[1]) for line in status if line.startswith("VmHWM:")), None)
+        if found is not None:  # some sandboxes leave the line out
+            return found * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform == "darwin" else peak * 1024
 

@@ -158,7 +158,6 @@ class Generator:
             there = ", ".join(self.adapters) or "there is none"
             raise ConfigError(f"no adapter is called {name!r}; those on the model: {there} (none is the base alone)")
         activate(self.model, name)
-        self.model.eval()  # an adapter that was off did not hear of it
 
     # -- writing -------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from trimtab.finetuneconfig import TaskModelConfig, is_finetuning
 from trimtab.generate.generator import Generator
 from trimtab.methods.folder import CONFIG_FILE
 from trimtab.models.load import load_for_generation
-from trimtab.models.taskmodel import check_fit, task_tokenizer
+from trimtab.models.taskmodel import fitting_length, task_tokenizer
 
 
 class Base(NamedTuple):
@@ -53,7 +53,7 @@ def open_generator(
     with _named_base(base):
         model = load_for_generation(found.model, dtype).to(where)
         tokenizer = task_tokenizer(config)
-        check_fit(config, model.config, tokenizer, 1)
+        fitting_length(config, model.config, tokenizer, None)
     generator = Generator(model, tokenizer)
     wanted = {"run": found.adapter} if found.adapter is not None else {}
     for name in wanted.keys() & (adapters or {}).keys():

@@ -175,7 +175,7 @@ def _load(
     name: str, kind: Any = AutoModelForCausalLM, what: str = "causal language model", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     try:
-        model, missing = load_with(kind, name, dtype)
+        model, missing = load_with(kind, name, dtype=dtype)
     except ValueError as error:
         raise _not_of_kind(name, read_config(name), what, error) from None
     if missing:

@@ -77,6 +77,7 @@ line-height:1}
 .note{position:absolute;top:.1rem;font-size:.74rem;padding:0 .3rem;margin:0 .15rem;white-space:nowrap;
 border-radius:3px;background:color-mix(in srgb,var(--card) 82%,transparent);pointer-events:none}
 .note.left{transform:translateX(calc(-100% - .3rem))}
+.name{position:absolute;font-size:.74rem;line-height:15px;white-space:nowrap;pointer-events:none}
 .empty{position:absolute;inset:0;margin:0;display:grid;place-items:center;color:var(--soft);font-size:.85rem}
 figcaption,.fine{font-size:.84rem;color:var(--soft);margin:.5rem 0 0}
 .hair{position:absolute;top:0;bottom:0;width:1px;background:var(--ink);opacity:.5;pointer-events:none}

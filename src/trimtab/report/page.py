@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from trimtab.errors import ReportError
 from trimtab.report import figures, taskscores, words
@@ -52,20 +53,37 @@ def render(run: RunFolder) -> str:
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in parts)
     sections = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{body}</section>' for key, title, body in parts)
     notices = "".join(f'<p class="notice">{escape(notice)}</p>' for notice in run.notices)
+    return document(
+        run.name,
+        f"{_subtitle(run)}<nav>{links}</nav>{notices}{_cards(run, spectrum)}",
+        f'<section id="summary"><h2>What this run shows</h2>{says(summary(run, spectrum))}</section>{sections}',
+    )
+
+
+def document(title: str, header: str, body: str) -> str:
+    """A whole page.
+
+    Args:
+        title: plain text.
+        header: HTML below the title.
+        body: HTML below that, in sections.
+    """
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(run.name)} · Trimtab</title>\n<style>{STYLE}</style></head>\n<body><main>"
-        f"<header><h1>{escape(run.name)}</h1>{_subtitle(run)}<nav>{links}</nav>{notices}"
-        f"{_cards(run, spectrum)}</header>"
-        f'<section id="summary"><h2>What this run shows</h2><ul class="says">'
-        f"{''.join(f'<li>{escape(line)}</li>' for line in summary(run, spectrum))}</ul></section>"
-        f"{sections}<footer>Written by Trimtab. This page is complete: it loads nothing from anywhere."
+        f"<title>{escape(title)} · Trimtab</title>\n<style>{STYLE}</style></head>\n<body><main>"
+        f"<header><h1>{escape(title)}</h1>{header}</header>{body}"
+        f"<footer>Written by Trimtab. This page is complete: it loads nothing from anywhere."
         f"</footer></main>\n<script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def says(lines: Sequence[str]) -> str:
+    """Sentences as a list; plain text."""
+    return f'<ul class="says">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>'
 
 
 def summary(run: RunFolder, spectrum: Spectrum | None) -> list[str]:
@@ -222,7 +240,7 @@ def _curves(run: RunFolder) -> str:
     if not run.steps and not run.evals:
         return "<p>No step was logged yet, so there is no curve to draw.</p>" + figures.rate_figure(run)
     heads, rows = taskscores.score_rows(run)
-    scores = _table("Scores of the last evaluation", heads, rows) if rows else ""
+    scores = data_table("Scores of the last evaluation", heads, rows) if rows else ""
     return (
         f"{taskscores.headline_figure(run, figures.step_axis(run))}{scores}"
         f"{figures.loss_figure(run)}{figures.rate_figure(run)}"
@@ -246,7 +264,7 @@ def _memory(run: RunFolder) -> str:
         ]
         for phase in run.phases
     ]
-    table = _table(
+    table = data_table(
         "Parameters", ["phase", "from step", "all", "trained", "share", *(f"in {key}" for key in groups)], rows
     )
     if kinds:
@@ -259,7 +277,9 @@ def _memory(run: RunFolder) -> str:
             for phase in run.phases
         ]
         heads = ["phase", *map(figures.memory_name, kinds), "sum on the device"]
-        table += f'<div style="height:1.2rem"></div>{_table("Memory", heads, memory)}{figures.memory_bars(run.phases)}'
+        table += (
+            f'<div style="height:1.2rem"></div>{data_table("Memory", heads, memory)}{figures.memory_bars(run.phases)}'
+        )
     return (
         f'{table}<p class="fine">“All” counts each tied tensor once. Memory is what is held between steps plus the '
         f"gradients; activations depend on the micro-batch and come on top.{escape(_measured(run))}</p>"
@@ -302,7 +322,7 @@ def _spectrum(run: RunFolder, spectrum: Spectrum | None) -> str:
         f"σ < {NEAR_ZERO:g}",
         "|dW| / |W|",
     ]
-    table = _table("Rank of the update, by matrix type", heads, [_type_row(row) for row in spectrum.types()])
+    table = data_table("Rank of the update, by matrix type", heads, [_type_row(row) for row in spectrum.types()])
     return (
         f'{intro}{figures.spectrum_figures(spectrum)}<div style="height:1.4rem"></div>{table}'
         f'<p class="fine">σ &lt; {NEAR_ZERO:g}: mean count a matrix. |dW| / |W|: Frobenius norms over all matrices of '
@@ -344,10 +364,24 @@ def _repeat(run: RunFolder) -> str:
     return text
 
 
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+class Link(NamedTuple):
+    """A text that leads to a file beside the page."""
+
+    text: str
+    target: str
+
+
+def data_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str | Link]]) -> str:
+    """A table as HTML; the texts are plain."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{_cell(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return (
         f'<div class="scroll"><table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _cell(cell: str | Link) -> str:
+    if isinstance(cell, Link):
+        return f'<a href="{escape(quote(cell.target))}">{escape(cell.text)}</a>'
+    return escape(cell)

@@ -70,6 +70,16 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Name:
+    """A word beside a point, whose error bar reaches `bar` to each side of it."""
+
+    text: str
+    x: float
+    y: float
+    bar: float = 0.0
+
+
+@dataclass(frozen=True)
 class Axis:
     """The range of one axis, and how its numbers are written."""
 
@@ -161,6 +171,7 @@ def chart(
     *,
     marks: Sequence[Marks] = (),
     levels: Sequence[Level] = (),
+    names: Sequence[Name] = (),
     height: int = 240,
     caption: str = "",
     columns: int = COLUMNS,
@@ -210,7 +221,7 @@ def chart(
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
         f'<path class="grid" d="{grid}"/>{upright}{flat}{lines}</svg>'
         f'<svg class="over" viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{dots}</svg>'
-        f'{texts}{notes}{empty}</div><div class="xl">{escape(x.label)}</div>'
+        f'{texts}{notes}{_names(names, x, y, height)}{empty}</div><div class="xl">{escape(x.label)}</div>'
         f"{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}</figure>"
     )
 
@@ -269,6 +280,55 @@ def _note(mark: Marks, x: Axis) -> str:
     return (
         f'<span class="note {side}" style="left:{100 * at:.2f}%;color:var(--{mark.colour})">{escape(mark.note)}</span>'
     )
+
+
+#: Pixels: how wide a chart is taken to be, a letter, the height of a word, and the room that a point takes.
+_WIDE, _LETTER, _WORD, _POINT = 440.0, 6.6, 15.0, 7.0
+
+
+def _names(names: Sequence[Name], x: Axis, y: Axis, height: int) -> str:
+    """Words beside their points, where they hide neither a point nor another word, as far as there is room."""
+
+    def down(value: float) -> float:
+        return float(1 - y.place(np.asarray([value]))[0]) * height
+
+    at = [(float(x.place(np.asarray([one.x]))[0]) * _WIDE, down(one.y)) for one in names]
+    taken = [(a - _POINT, b - _POINT, a + _POINT, b + _POINT) for a, b in at]
+    taken += [
+        (a - 3, down(n.y + n.bar), a + 3, down(n.y - n.bar)) for n, (a, _) in zip(names, at, strict=True) if n.bar
+    ]
+    found = []
+    for one, (a, b) in sorted(zip(names, at, strict=True), key=lambda pair: pair[1]):
+        wide = _LETTER * len(one.text)
+        # Right, left, then above and below with the point at the word's beginning, middle or end.
+        places = [(a + _POINT + 1, b - _WORD / 2), (a - _POINT - 1 - wide, b - _WORD / 2)]
+        places += [
+            (a - wide * share, b + shift)
+            for shift in (-_POINT - _WORD, _POINT, -_POINT - 2 * _WORD, _POINT + _WORD)
+            for share in (0.5, 0.0, 1.0)
+        ]
+
+        def cost(place: tuple[float, float], wide: float = wide) -> float:
+            left, top = place
+            box = (left, top, left + wide, top + _WORD)
+            hidden = sum(_common(box, other) for other in taken)
+            outside = max(0.0, -left) + max(0.0, left + wide - _WIDE) + max(0.0, -top) + max(0.0, top + _WORD - height)
+            return hidden + _WORD * outside
+
+        left, top = min(places, key=cost)  # the first of equals
+        taken.append((left, top, left + wide, top + _WORD))
+        # At a share of the width for the point, and so many pixels from there: it stays by it whatever the width.
+        found.append(
+            f'<span class="name" style="left:calc({100 * a / _WIDE:.2f}% + {left - a:.0f}px);top:{top:.0f}px">'
+            f"{escape(one.text)}</span>"
+        )
+    return "".join(found)
+
+
+def _common(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
+    """The area that two boxes (left, top, right, bottom) have in common."""
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    return max(0.0, wide) * max(0.0, min(one[3], other[3]) - max(one[1], other[1]))
 
 
 def _legend(series: Sequence[Series], marks: Sequence[Marks], levels: Sequence[Level]) -> str:

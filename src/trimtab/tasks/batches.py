@@ -127,11 +127,15 @@ class PadPairs:
 
 @dataclass(frozen=True)
 class LayCausal:
-    """For a causal model: packed, or padded on the right, where causality alone keeps padding out of sight."""
+    """For a causal model: packed, or padded on the right, where causality alone keeps padding out of sight.
+
+    `masked` tells of the padding all the same, for those who have to know which positions hold tokens.
+    """
 
     pad_id: int
     seq_len: int
     packing: bool
+    masked: bool = False
 
     def __call__(self, data: Encoded, rows: Sequence[int]) -> Part:
         assert data.learned is not None
@@ -158,6 +162,8 @@ class LayCausal:
         if any(len(members) > 1 for members in bins):
             same = torch.from_numpy(document[:, :, None] == document[:, None, :])
             mask, position_ids = same.tril_()[:, None], torch.from_numpy(places)
+        elif self.masked:
+            mask = _within(torch.tensor([sum(lengths[n] for n in members) for members in bins]), width)
         valid = int((labels != IGNORE).sum())
         return Part(
             torch.from_numpy(ids),

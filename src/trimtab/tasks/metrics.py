@@ -6,7 +6,6 @@ finite) and never helps: each function says what it is taken for.
 
 from __future__ import annotations
 
-import importlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from trimtab.errors import ConfigError
+from trimtab.tasks.pairs import need
 
 #: Number of no class: stands for an answer that names none.
 _NO_CLASS: Final = -1
@@ -23,7 +22,7 @@ _NO_CLASS: Final = -1
 def require(*modules: str) -> None:
     """Raise ConfigError where one of these modules is not installed, before any work is done."""
     for name in modules:
-        _module(name)
+        need(name, "scoring this task")
 
 
 def accuracy(predictions: Sequence[float | None], labels: Sequence[float]) -> float:
@@ -36,7 +35,7 @@ def f1(predictions: Sequence[float | None], labels: Sequence[float], positive: i
     pairs = _pairs(predictions, labels)
     truth = [int(y == positive) for _, y in pairs]
     found = [1 - t if p is None else int(p == positive) for (p, _), t in zip(pairs, truth, strict=True)]
-    return float(_module("sklearn.metrics").f1_score(truth, found, zero_division=0.0))
+    return float(need("sklearn.metrics", "this metric").f1_score(truth, found, zero_division=0.0))
 
 
 def macro_f1(predictions: Sequence[float | None], labels: Sequence[float]) -> float:
@@ -48,7 +47,11 @@ def macro_f1(predictions: Sequence[float | None], labels: Sequence[float]) -> fl
     truth = [int(y) for _, y in pairs]
     found = [_NO_CLASS if p is None else int(p) for p, _ in pairs]
     classes = sorted(set(truth + found) - {_NO_CLASS})
-    return float(_module("sklearn.metrics").f1_score(truth, found, labels=classes, average="macro", zero_division=0.0))
+    return float(
+        need("sklearn.metrics", "this metric").f1_score(
+            truth, found, labels=classes, average="macro", zero_division=0.0
+        )
+    )
 
 
 def matthews(predictions: Sequence[float | None], labels: Sequence[float]) -> float:
@@ -62,7 +65,7 @@ def matthews(predictions: Sequence[float | None], labels: Sequence[float]) -> fl
     found = [(1 - int(y) if binary else _NO_CLASS) if p is None else int(p) for p, y in pairs]
     if len(set(truth)) == 1 or len(set(found)) == 1:
         return 0.0
-    return float(_module("sklearn.metrics").matthews_corrcoef(truth, found))
+    return float(need("sklearn.metrics", "this metric").matthews_corrcoef(truth, found))
 
 
 def pearson(predictions: Sequence[float | None], labels: Sequence[float]) -> float:
@@ -90,7 +93,7 @@ def _correlation(name: str, predictions: Sequence[float | None], labels: Sequenc
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constant values, which give NaN, and of nearly constant ones
-        value = float(getattr(_module("scipy.stats"), name)(found, truth).statistic)
+        value = float(getattr(need("scipy.stats", "this metric"), name)(found, truth).statistic)
     return value if math.isfinite(value) else 0.0
 
 
@@ -107,13 +110,3 @@ def _values(predictions: Sequence[float | None], labels: Sequence[float]) -> tup
     least, most = min(labels), max(labels)
     found = [(most if most - y > y - least else least) if p is None else p for p, y in pairs]
     return np.array(found, dtype=np.float64), np.array([y for _, y in pairs], dtype=np.float64)
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise ConfigError(
-            f"the metrics of this task need {package}, which is not installed: pip install 'trimtab[tasks]'"
-        ) from error

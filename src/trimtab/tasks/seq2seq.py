@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import ClassVar, Literal, Self, cast
 
 from pydantic import model_validator
 
 from trimtab.errors import ConfigError, DataError
+from trimtab.tasks import nlg
 from trimtab.tasks.base import Example, Form, Prediction, Written
 from trimtab.tasks.files import FileTask, Item, same
 from trimtab.tasks.rows import Row, text_of
@@ -64,7 +64,6 @@ class Seq2Seq(FileTask):
         return example
 
     def score(self, split: str, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
-        nlg = importlib.import_module("trimtab.tasks.nlg")  # its libraries are heavy
         written = [one if isinstance(one, str) else "" for one in predictions]
         references = [cast("Written", example).references for example in examples]
         return {**nlg.rouge(written, references), "BLEU (lower case)": nlg.bleu(written, references)}

@@ -127,7 +127,9 @@ class CachedLoss:
         return len(keys)
 
 
-class _RunCache(HiddenCache):
+class RunCache(HiddenCache):
+    """A cache of a run, whose configuration says how it rounds."""
+
     def _tell_rounding(self, text: str) -> None:
         """The configuration's cautions have said it."""
 
@@ -161,7 +163,7 @@ def open_cached(
     if before is not None and before["given"] == str(given) and (known := Path(before["folder"])).is_dir():
         folder = known  # resumed from another working directory, a relative path may be another place
     with naming_the_setting():
-        cache = _RunCache(adapter, folder, config.train.cache_storage)
+        cache = RunCache(adapter, folder, config.train.cache_storage)
     return CachedLoss(cache, objective, batches, config, device)
 
 

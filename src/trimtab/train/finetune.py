@@ -17,11 +17,10 @@ from rich.console import Console
 from trimtab.errors import CannotSave, CheckpointError, TrimtabError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.methods.base import Adapter
-from trimtab.models.taskmodel import build_task_model
 from trimtab.report.page import write_report
 from trimtab.report.spectrum import update_spectrum
-from trimtab.train import randomstate
 from trimtab.train.best import Best
+from trimtab.train.cachedexamples import CachedExamples
 from trimtab.train.checkpoint import Checkpoint, load
 from trimtab.train.folder import refuse_used_folder, replace_text, save_model, sole_user
 from trimtab.train.material import Material, prepare
@@ -89,13 +88,19 @@ class _Run(Session[FinetuneConfig]):
         config, material = self.config, self.material
         start = checkpoint.step if checkpoint else 0
         batches, micro = material.batches, config.train.micro_batch
-        model = self._model()
+        model = material.model()
         adapter, optimizer = self.attach(model, material.method, checkpoint)
         objective = material.objective(model)
         sample = next(iter(batches.batch(start).split(1))).to(self.device)
         objective.check(sample)
         if checkpoint is None:
             stack.enter_context(sole_user(self.folder))
+        cached = None
+        if config.train.cache_hidden is not None:
+            before = checkpoint.extra.get("cache_hidden") if checkpoint else None
+            cached = CachedExamples(config, adapter, objective, batches, self.device, before)
+            stack.callback(cached.cache.close)
+            cached.prepare(start, self.console)
         self.open_folder(checkpoint, adapter)
         say(
             self.console,
@@ -104,12 +109,13 @@ class _Run(Session[FinetuneConfig]):
         )
         best = Best(config.eval.patience)
         best.read_log(self.folder / "metrics.jsonl")
-        saver = self.saver(model, adapter, optimizer, {}, checkpoint)
+        extra = {"cache_hidden": cached.place if cached else None}
+        saver = self.saver(model, adapter, optimizer, extra, checkpoint)
         saver.pinned = best.step
         log = self.open_log(checkpoint, stack)
 
         def evaluate(step: int) -> Scores:
-            return material.scorer(model, objective, examples=config.eval.examples)
+            return material.scorer(model, objective, examples=config.eval.examples, final=False)
 
         def evaluated(step: int, scores: Scores) -> None:
             if best.offer(step, scores.headline) and config.eval.keep_best:
@@ -126,7 +132,7 @@ class _Run(Session[FinetuneConfig]):
             model=model,
             adapter=adapter,
             optimizer=optimizer,
-            objective=objective,
+            objective=cached or objective,
             batches=batches,
             saver=saver,
             micro_batch=micro,
@@ -153,20 +159,11 @@ class _Run(Session[FinetuneConfig]):
 
     # -- stages --------------------------------------------------------------------------------
 
-    def _model(self) -> Any:
-        """The model, drawn and read anew."""
-        config, material = self.config, self.material
-        randomstate.seed_all(config.seed)
-        model, _ = build_task_model(config.model, material.reading, material.settings, config.seed, self.dtype)
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = material.tokenizer.pad_token_id
-        return model
-
     def _go_back(self, path: Path) -> tuple[Any, Adapter]:
         """The model and its adapter as a checkpoint has them."""
         checkpoint = load(path)
         phases = self.phases
-        model = self._model()
+        model = self.material.model()
         adapter, _ = self.attach(model, self.material.method, checkpoint)
         self.phases = phases
         return model, adapter

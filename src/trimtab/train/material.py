@@ -5,18 +5,19 @@ Whatever is wrong with the task, the tokenizer, the model's kind or the method i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
+from trimtab.config import DTYPES, Misfit
 from trimtab.errors import CannotSave, ConfigError, DataError
 from trimtab.finetuneconfig import ExamplesConfig, FinetuneConfig, ScoreConfig
 from trimtab.methods.base import Method
 from trimtab.methods.registry import attach
 from trimtab.models.load import read_config
 from trimtab.models.taskmodel import (
+    build_task_model,
     fitting_length,
     head_settings,
     reading_of,
@@ -26,6 +27,7 @@ from trimtab.models.taskmodel import (
 from trimtab.tasks.base import Example, Loaded
 from trimtab.tasks.batches import Collate, ExampleBatches, LayCausal, PadHead, PadPairs
 from trimtab.tasks.encode import Encoder, Reading
+from trimtab.train import randomstate
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.objective import Objective
 from trimtab.train.scoring import Scorer
@@ -59,6 +61,15 @@ class Material:
     scorer: Scorer
     notes: list[str]
 
+    def model(self) -> Any:
+        """The model, drawn and read anew; it seeds all generators."""
+        config = self.config
+        randomstate.seed_all(config.seed)
+        model, _ = build_task_model(config.model, self.reading, self.settings, config.seed, DTYPES[config.dtype])
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
     def objective(self, model: nn.Module) -> Objective | HeadObjective:
         """The loss of a model on this task."""
         if self.reading == "head":
@@ -80,14 +91,22 @@ def prepare(config: FinetuneConfig) -> Material:
 
     encoder = Encoder(tokenizer, reading, config.data.length, config.data.too_long)
     collate = collate_for(reading, tokenizer, hf, config.model.name, config.data)
+    packed = reading == "causal" and config.data.packing
+    if config.train.cache_hidden is not None and packed:
+        raise Misfit(
+            "train.cache_hidden",
+            f"{config.train.cache_hidden}: packed sequences are others in each epoch, so that nothing stored would be "
+            "read again; set data.packing=false",
+        )
     train: list[Example] = list(loaded.splits["train"])
     scorer = Scorer(config.task, loaded, reading, encoder, collate, config.eval)
     encoded = encoder(scorer.as_written(train), "train")
     scorer.longest_answer = int(encoded.due.max()) if reading != "head" else 0
-    packed = reading == "causal" and config.data.packing
-    batches = ExampleBatches(
-        encoded, collate, config.train.batch, config.seed, grouped=config.data.group_by_length and not packed
-    )
+    trained = collate
+    if isinstance(collate, LayCausal) and config.train.cache_hidden is not None:
+        trained = replace(collate, masked=True)  # which positions hold tokens is part of what is stored
+    grouped = config.data.group_by_length and not packed
+    batches = ExampleBatches(encoded, trained, config.train.batch, config.seed, grouped=grouped)
     notes = [*loaded.notes, *(f"split train: {note}" for note in encoded.notes)]
     skipped = [f"{count} of {split}" for split, count in loaded.skipped.items() if count]
     if skipped:
@@ -126,7 +145,7 @@ def collate_for(reading: Reading, tokenizer: Any, hf: Any, name: str, data: Exam
 
 
 def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> None:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    dtype = DTYPES[config.dtype]
     try:
         adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
     except ConfigError as error:

@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from trimtab.bench.meters import own_peak_resident
 from trimtab.config import OptimConfig
 from trimtab.methods.base import GROUPS, Adapter, Method
 from trimtab.methods.registry import attach
@@ -98,10 +99,7 @@ def measured_peak(device: torch.device) -> dict[str, int]:
     """The highest resident memory of this process so far, and on a GPU the highest allocated; in bytes."""
     if sys.platform == "win32":
         return {}
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    peak = {"peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"peak_resident": own_peak_resident()}
     if device.type == "cuda":
         peak["peak_device"] = torch.cuda.max_memory_allocated(device)
     return peak

@@ -36,7 +36,7 @@ from trimtab.train.memory import phase_table
 from trimtab.train.metrics import RunLog, require_tensorboard
 from trimtab.train.objective import Objective
 from trimtab.train.resume import continued
-from trimtab.train.session import DTYPES, RunResult, Session, find_checkpoint, refuse_distributed, say
+from trimtab.train.session import RunResult, Session, find_checkpoint, refuse_distributed, say
 
 
 def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Console | None = None) -> RunResult:
@@ -219,4 +219,4 @@ def _data_identity(store: TokenStore) -> str:
     return hashlib.sha256(json.dumps(store.manifest["files"], sort_keys=True).encode()).hexdigest()
 
 
-__all__ = ["DTYPES", "RunResult", "phase_table", "pretrain", "save_model"]
+__all__ = ["RunResult", "phase_table", "pretrain", "save_model"]

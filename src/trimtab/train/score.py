@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from trimtab.config import DTYPES
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.finetuneconfig import FinetuneConfig, ScoreConfig, is_finetuning
 from trimtab.methods.registry import load_adapter
@@ -18,7 +19,7 @@ from trimtab.train.headobjective import HeadObjective
 from trimtab.train.material import collate_for, open_parts
 from trimtab.train.objective import Objective
 from trimtab.train.scoring import Scorer, Scores
-from trimtab.train.session import DTYPES, device_of
+from trimtab.train.session import device_of
 
 
 def score(config: ScoreConfig) -> Scores:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.finetuneconfig import TaskEvalConfig
+from trimtab.methods.attached import adapters
 from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Example, Headline, Labelled, Loaded, Prediction, Task, Written
 from trimtab.tasks.batches import Collate, Part, in_order
@@ -79,12 +80,23 @@ class Scorer:
         self._examples = {split: known_answers(loaded.splits[split]) for split in loaded.scored}
         self._encoded: dict[tuple[str, int], Encoded] = {}
 
-    def __call__(self, model: nn.Module, objective: Callable[[Part], Tensor], *, examples: int | None = None) -> Scores:
-        """Score all splits in eval mode, or the first `examples` of each; every module's mode is restored."""
+    def __call__(
+        self, model: nn.Module, objective: Callable[[Part], Tensor], *, examples: int | None = None, final: bool = True
+    ) -> Scores:
+        """Score in eval mode; every module's mode is restored.
+
+        Args:
+            model: what is scored.
+            objective: its loss.
+            examples: of each split, score the first ones only.
+            final: score the split "test", too; it chooses nothing, so it need not be scored before the end.
+        """
         splits: dict[str, dict[str, float]] = {}
         answers: dict[str, list[str]] = {}
         with eval_mode(model), torch.no_grad():
             for split, every in self._examples.items():
+                if split == "test" and not final and len(self._examples) > 1:
+                    continue
                 chosen = every[:examples]
                 data = self._encode(split, chosen)
                 found = self._loss(model, objective, data)
@@ -168,6 +180,7 @@ class Scorer:
                 attention_mask=mask.to(device),
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
+                use_cache=not any(adapter.no_cache for adapter in adapters(model).values()),
                 **{"temperature": None, "top_p": None, "top_k": None, **settings},
             )
         new = out[:, width:] if self.reading == "causal" else out

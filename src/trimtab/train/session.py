@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import trimtab
-from trimtab.config import RunConfig
+from trimtab.config import DTYPES, RunConfig
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.loadconfig import dump_config
 from trimtab.methods.base import Adapter, Method
@@ -34,7 +34,6 @@ from trimtab.train.metrics import MetricsFile, RunLog, tensorboard_writer, trunc
 from trimtab.train.progress import ProgressLine
 from trimtab.train.signals import StopSignals
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Config = TypeVar("Config", bound=RunConfig)
 
 
