@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.finetuneconfig import FinetuneConfig
+from trimtab.generate import open_generator
 from trimtab.loadconfig import load_tree
 from trimtab.models import taskmodel
 from trimtab.nn.nf4layer import NF4Linear
-from trimtab.train import finetune as module
 from trimtab.train.finetune import finetune
 
 
@@ -58,10 +58,11 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     models: list[Any] = []
 
     def build(*arguments: Any) -> Any:
-        models.append(taskmodel.build_task_model(*arguments))
-        return models[-1]
+        model, new = taskmodel.build_task_model(*arguments)
+        models.append(model)
+        return model, new
 
-    monkeypatch.setattr(module, "build_task_model", build)
+    monkeypatch.setattr("trimtab.train.material.build_task_model", build)
     return models
 
 
@@ -77,9 +78,10 @@ def test_methods_train_on_a_base_in_four_bits(
     folder: Path, tmp_path: Path, chat: bool, method: str, built: list[Any]
 ) -> None:
     """All linear layers of the blocks are, heads are not; what is foretold of the weights shows it; the loss falls."""
+    rate = "optim.lr=0.02" if "lora" in method else "optim.lr=0.1"
     if method == "bitfit":
         method = "{name: bitfit, add_bias: true}"
-    done = run(config(folder, tmp_path, f"method={method}", "train.steps=20", *QUICKLY, chat=chat))
+    done = run(config(folder, tmp_path, f"method={method}", "train.steps=30", *QUICKLY, rate, chat=chat))
     assert done.finished
     assert built[0].config.num_hidden_layers * (7 if chat else 6) <= len(in_four_bits(built[0]))
     events = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
@@ -173,3 +175,11 @@ def test_a_checkpoint_in_the_dtype_of_the_run_is_held_in_no_more(
         assert {p.dtype for p in built[-1].parameters() if not p.requires_grad} == {held}
         (row,) = json.loads((tmp_path / dtype / "parameters.json").read_text())["phases"]
         assert row["memory"]["carry_host"] == 0
+
+
+def test_what_was_trained_on_4_bits_writes_on_4_bits(folder: Path, tmp_path: Path) -> None:
+    """`trimtab generate RUN` holds the base as the run did, on which its adapter was trained."""
+    run(config(folder, tmp_path, "name=a"))
+    generator = open_generator(str(tmp_path / "a"))
+    assert sum(isinstance(module, NF4Linear) for module in generator.model.modules()) > 0
+    assert generator.adapters == ["run"]

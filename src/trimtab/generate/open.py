@@ -9,20 +9,20 @@ from typing import NamedTuple
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from trimtab.errors import ConfigError, TrimtabError
 from trimtab.finetuneconfig import TaskModelConfig, is_finetuning
 from trimtab.generate.generator import Generator
 from trimtab.methods.folder import CONFIG_FILE
 from trimtab.models.load import load_for_generation
-from trimtab.models.taskmodel import fitting_length, task_tokenizer
+from trimtab.models.taskmodel import fitting_length, quantize_as, task_tokenizer
 
 
 class Base(NamedTuple):
-    """A checkpoint, whose tokenizer it is (None: its own), and a run's adapter on it."""
+    """A checkpoint as a configuration names it, and a run's adapter on it."""
 
-    model: str
-    tokenizer: str | None = None
+    config: TaskModelConfig
     adapter: Path | None = None
 
 
@@ -49,11 +49,12 @@ def open_generator(
     """
     found, where = find_base(base), _device(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-    config = TaskModelConfig(name=found.model, tokenizer=found.tokenizer)
     with _named_base(base):
-        model = load_for_generation(found.model, dtype).to(where)
-        tokenizer = task_tokenizer(config)
-        fitting_length(config, model.config, tokenizer, None)
+        model = load_for_generation(found.config.name, dtype)
+        tokenizer = task_tokenizer(found.config)
+        fitting_length(found.config, model.config, tokenizer, None)
+        quantize_as(found.config, model, dtype)
+        model.to(where)
     generator = Generator(model, tokenizer)
     wanted = {"run": found.adapter} if found.adapter is not None else {}
     for name in wanted.keys() & (adapters or {}).keys():
@@ -73,11 +74,11 @@ def find_base(base: str) -> Base:
     """
     folder = Path(base).expanduser()
     if (folder / "config.json").is_file() or not folder.is_dir():
-        return Base(base)
+        return Base(TaskModelConfig(name=base))
     if (folder / CONFIG_FILE).is_file():
         raise ConfigError(f"BASE: {base} is an adapter folder; give its base, and this one as --adapter {base}")
     if not (folder / "config.yaml").is_file():
-        return Base(base)  # what is wrong with it is said when it is read
+        return Base(TaskModelConfig(name=base))  # what is wrong with it is said when it is read
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
@@ -85,12 +86,16 @@ def find_base(base: str) -> Base:
     model, adapter = folder / "model", folder / "adapter"
     if is_finetuning(tree):
         if (model / "config.json").is_file():
-            return Base(str(model))  # merged, or trained in full
-        named = tree["model"] if isinstance(tree.get("model"), dict) else {}
-        if adapter.is_dir() and isinstance(named.get("name"), str):
-            return Base(named["name"], named.get("tokenizer"), adapter)
+            return Base(TaskModelConfig(name=str(model)))  # merged, or trained in full
+        if adapter.is_dir():
+            try:
+                return Base(TaskModelConfig.model_validate(tree.get("model")), adapter)
+            except ValidationError as error:
+                said = error.errors()[0]
+                key = ".".join(map(str, ("model", *said["loc"])))
+                raise ConfigError(f"BASE: {folder / 'config.yaml'}: {key}: {said['msg']}") from error
     elif (model / "config.json").is_file():
-        return Base(str(model), None, adapter if adapter.is_dir() else None)
+        return Base(TaskModelConfig(name=str(model)), adapter if adapter.is_dir() else None)
     raise ConfigError(
         f"BASE: {base} is a run that is not complete: it holds no model yet; go on with it by --resume {base}"
     )

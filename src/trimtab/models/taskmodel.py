@@ -123,8 +123,7 @@ def build_task_model(
         model = _quantized(load_quantized, config, config.name, dtype=dtype, compute=compute, model_class=kind)
     else:
         model, new = _loaded(config, reading, settings, seed, dtype)
-        if config.quantize is not None:
-            _quantized(quantize, config, model, compute=compute)
+        quantize_as(config, model, compute)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model, new
@@ -137,8 +136,7 @@ def shadow_task_model(config: TaskModelConfig, hf: Any, reading: Reading, settin
         ConfigError: nothing in it can be quantised, as `config.quantize` asks.
     """
     model = _shadow(hf, reading, settings)
-    if config.quantize is not None:
-        _quantized(quantize, config, model, compute=None)
+    quantize_as(config, model, None)
     return model
 
 
@@ -171,6 +169,16 @@ def _loaded(
             f"whole {model.config.model_type} checkpoint"
         )
     return model, missing
+
+
+def quantize_as(config: TaskModelConfig, model: PreTrainedModel, compute: torch.dtype | None) -> None:
+    """Hold a model's linear layers in 4 bits, in place, if `config.quantize` asks for it.
+
+    Raises:
+        ConfigError: nothing in it can be quantised.
+    """
+    if config.quantize is not None:
+        _quantized(quantize, config, model, compute=compute)
 
 
 def _quantized(do: Any, config: TaskModelConfig, what: Any, *, compute: torch.dtype | None, **options: Any) -> Any:
