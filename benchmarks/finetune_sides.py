@@ -15,7 +15,6 @@ import trimtab
 from trimtab.config import LogConfig, OptimConfig, ScheduleConfig
 from trimtab.finetuneconfig import ExamplesConfig, FinetuneConfig, TaskEvalConfig, TaskModelConfig, TaskTrainConfig
 from trimtab.methods.registry import attach
-from trimtab.models.taskmodel import build_task_model
 from trimtab.optim.build import build_optimizer
 from trimtab.tasks import parse_task
 from trimtab.train.loop import Training, train
@@ -91,11 +90,7 @@ class _Losses:
 
 
 def our_model(setup: Setup, material: Material) -> tuple[Any, Any]:
-    model, _ = build_task_model(
-        material.config.model, material.reading, material.settings, material.config.seed, torch.bfloat16
-    )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = material.tokenizer.pad_token_id
+    model = material.model()
     return model, attach(model, material.method, dtype=torch.bfloat16)
 
 

@@ -49,6 +49,8 @@ class Material:
         batches: of the training split.
         scorer: of the other splits.
         notes: what a user should know, one sentence each.
+        exact: tensors of the model that are held in all their bits, those that train; None is all of them, for a method
+            that writes into the others later.
     """
 
     config: FinetuneConfig
@@ -60,12 +62,21 @@ class Material:
     batches: ExampleBatches
     scorer: Scorer
     notes: list[str]
+    exact: frozenset[str] | None = None
 
     def model(self) -> Any:
-        """The model, drawn and read anew; it seeds all generators."""
-        config = self.config
+        """The model, drawn and read anew; it seeds all generators.
+
+        What stays frozen to the end is in the dtype of the run already, so that nobody keeps what that rounds away:
+        it is neither trained against nor scored, and would be merged into a model that was not.
+        """
+        config, dtype = self.config, DTYPES[self.config.dtype]
         randomstate.seed_all(config.seed)
-        model, _ = build_task_model(config.model, self.reading, self.settings, config.seed, DTYPES[config.dtype])
+        model, _ = build_task_model(config.model, self.reading, self.settings, config.seed, dtype)
+        if self.exact is not None:
+            for name, parameter in model.named_parameters():
+                if name not in self.exact and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
@@ -87,7 +98,7 @@ def prepare(config: FinetuneConfig) -> Material:
     loaded = config.task.load(config.seed)
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
     method = config.method.for_finetuning(config.seed, new_head=reading == "head")
-    _check_method(config, method, shadow_task_model(config.model, hf, reading, settings))
+    trained = _check_method(config, method, shadow_task_model(config.model, hf, reading, settings))
 
     encoder = Encoder(tokenizer, reading, config.data.length, config.data.too_long)
     collate = collate_for(reading, tokenizer, hf, config.model.name, config.data)
@@ -102,18 +113,18 @@ def prepare(config: FinetuneConfig) -> Material:
     scorer = Scorer(config.task, loaded, reading, encoder, collate, config.eval)
     encoded = encoder(scorer.as_written(train), "train")
     scorer.longest_answer = int(encoded.due.max()) if reading != "head" else 0
-    trained = collate
+    laid = collate
     if isinstance(collate, LayCausal) and config.train.cache_hidden is not None:
-        trained = replace(collate, masked=True)  # which positions hold tokens is part of what is stored
+        laid = replace(collate, masked=True)  # which positions hold tokens is part of what is stored
     grouped = config.data.group_by_length and not packed
-    batches = ExampleBatches(encoded, trained, config.train.batch, config.seed, grouped=grouped)
+    batches = ExampleBatches(encoded, laid, config.train.batch, config.seed, grouped=grouped)
     notes = [*loaded.notes, *(f"split train: {note}" for note in encoded.notes)]
     skipped = [f"{count} of {split}" for split, count in loaded.skipped.items() if count]
     if skipped:
         notes.append(f"task.skip_bad_rows: rows passed over: {', '.join(skipped)}.")
-    return Material(
-        config.resolved(batches.per_epoch), method, loaded, tokenizer, reading, settings, batches, scorer, notes
-    )
+    full = config.resolved(batches.per_epoch)
+    exact = None if full.restarts() or method.switch_step else trained
+    return Material(full, method, loaded, tokenizer, reading, settings, batches, scorer, notes, exact)
 
 
 def open_parts(config: Config) -> tuple[Config, Any, Reading, Any]:
@@ -144,7 +155,8 @@ def collate_for(reading: Reading, tokenizer: Any, hf: Any, name: str, data: Exam
     return PadPairs(pad, int(start))
 
 
-def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> None:
+def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> frozenset[str]:
+    """The names of what trains at first, if the method fits."""
     dtype = DTYPES[config.dtype]
     try:
         adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
@@ -157,3 +169,4 @@ def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> 
             adapter.check_save()
         except CannotSave as error:
             raise ConfigError(f"method.train_also: {error}") from None
+    return frozenset(entry.name for entry in adapter.trainable())
