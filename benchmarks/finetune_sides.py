@@ -55,7 +55,7 @@ class Setup:
             device="cpu",
             dtype="bf16",
             model=TaskModelConfig(name=str(self.parts.model)),
-            task=parse_task({"name": name, **splits, "max_train": self.steps * self.batch}),
+            task=parse_task({"name": name, **splits}),
             data=ExamplesConfig(
                 seq_len=SEQ_LEN[self.task],
                 packing=row == OURS,
