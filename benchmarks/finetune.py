@@ -18,7 +18,8 @@ with the lengths of many: stretches, evenly spaced, of those of 50 steps in the 
 * "Trainer + peft": dynamic padding, bf16 autocast over a bf16 model (which is faster and smaller here than without),
   no activation checkpointing, no logging, no saving; batches as they are drawn. "grouped": batches of similar length.
 * "trimtab": as `trimtab finetune` trains by default. Chats are packed, several to a sequence, in batches as they are
-  drawn; for a model with a head batches are of similar length. "padded": as drawn, and not packed.
+  drawn; for a model with a head batches are of similar length. "padded": chats as drawn, and not packed; "grouped": of
+  similar length, and not packed (data.packing=false).
 
 Peak live bytes, FLOPs and peak resident memory come from a process for each row: all tensors of the run; products in
 the run; and all that the process holds, its interpreter and libraries with it. The time is that of the steps alone, in
@@ -124,9 +125,10 @@ def cost_table(task: str, found: dict[str, RunCosts]) -> str:
 # -- time --------------------------------------------------------------------------------------------
 
 
-def measure(setup: sides.Setup, rounds: int, clock: Callable[[], float]) -> tuple[Timings, dict[str, float], int]:
+def measure(
+    setup: sides.Setup, rows: tuple[str, ...], rounds: int, clock: Callable[[], float]
+) -> tuple[Timings, dict[str, float], int]:
     """Interleaved runs, each of which starts anew: their times, each row's mean loss, and the tokens of a run."""
-    rows = sides.ROWS[setup.task]
     for row in rows:  # what happens once in a process is not counted
         sides.make(setup, row).run(1)
     seconds: dict[str, list[float]] = {row: [] for row in rows}
@@ -251,6 +253,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), metavar="TABLE")
     parser.add_argument("--tasks", nargs="+", choices=list(BATCH), default=list(BATCH), metavar="TASK")
+    every = sides.ROWS["chat"]
+    parser.add_argument("--rows", nargs="*", choices=every, default=every, metavar="ROW", help="; ".join(every))
     parser.add_argument("--quick", action="store_true", help="toy shapes in one round")
     parser.add_argument("--steps", type=int, default=8, help="of a run")
     parser.add_argument("--batch", type=int, help="examples a step, in place of each task's own number")
@@ -283,13 +287,16 @@ def main(arguments: list[str] | None = None) -> None:
     clock = time.process_time if options.cpu_time else time.perf_counter
     for task in options.tasks:
         setup = setup_of(task, options)
+        rows = tuple(row for row in sides.ROWS[task] if row in (*options.rows, sides.THEIRS, sides.GROUPED))
         what = f"{setup.parts.describe}; {setup.steps} steps of {setup.batch} examples"
         if "costs" in options.tables:
-            found = {row: costs_apart(task, row, options) for row in sides.ROWS[task]}
+            found = {row: costs_apart(task, row, options) for row in rows}
             count = next(iter(found.values())).tokens
             print(f"\n{what}, {count:,} tokens:\n\n{cost_table(task, found)}", flush=True)
         if "time" in options.tables:
-            print(f"\n{what}, {options.rounds} rounds:\n\n{time_table(task, *measure(setup, options.rounds, clock))}")
+            print(
+                f"\n{what}, {options.rounds} rounds:\n\n{time_table(task, *measure(setup, rows, options.rounds, clock))}"
+            )
     if "tokens" in options.tables:
         print(f"\n{token_table(options)}")
 

@@ -32,9 +32,10 @@ RATE = {"chat": 5e-4, "reviews": 1e-3}
 RANK, ALPHA = 8, 16
 SEQ_LEN = {"chat": 512, "reviews": 64}
 
-OURS, PADDED, THEIRS, GROUPED = "trimtab", "trimtab, padded", "Trainer + peft", "Trainer + peft, grouped"
-#: By row: whether it is ours, and whether batches hold examples of similar length. Ours packs causal models' examples.
-ROWS = {"chat": (THEIRS, GROUPED, OURS, PADDED), "reviews": (THEIRS, GROUPED, OURS)}
+THEIRS, GROUPED = "Trainer + peft", "Trainer + peft, grouped"
+OURS, PADDED, ALIKE = "trimtab", "trimtab, padded", "trimtab, grouped"
+#: Ours without more packs the examples of causal models, and groups those of others.
+ROWS = {"chat": (THEIRS, GROUPED, OURS, PADDED, ALIKE), "reviews": (THEIRS, GROUPED, OURS)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Setup:
             data=ExamplesConfig(
                 seq_len=SEQ_LEN[self.task],
                 packing=row == OURS,
-                group_by_length=row == GROUPED or (row == OURS and self.task == "reviews"),
+                group_by_length=row in (GROUPED, ALIKE) or (row == OURS and self.task == "reviews"),
             ),
             method=trimtab.LoRA(rank=RANK, alpha=ALPHA, targets=TARGETS[self.task]),
             optim=OptimConfig(lr=RATE[self.task]),
@@ -256,4 +257,4 @@ class _Pad:
 
 def make(setup: Setup, row: str) -> Ours | Theirs:
     """A row's program, ready to run."""
-    return Ours(setup, row) if row in (OURS, PADDED) else Theirs(setup, row)
+    return Theirs(setup, row) if row in (THEIRS, GROUPED) else Ours(setup, row)
