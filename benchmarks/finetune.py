@@ -3,6 +3,7 @@
     python benchmarks/finetune.py                          # all tables; an hour on 2 cores
     python benchmarks/finetune.py --tables costs           # the deterministic one alone
     python benchmarks/finetune.py --tables time --rounds 3
+    python benchmarks/finetune.py --tables costs time --steps 3 --cpu-time    # for a machine that others use, too
     python benchmarks/finetune.py --quick                  # toy shapes, to see that it runs
 
 Two tasks, LoRA r = 8 on every linear layer of the blocks, bf16 on the CPU, AdamW (fused), no weight decay, a linear
@@ -23,7 +24,8 @@ with the lengths of many: stretches, evenly spaced, of those of 50 steps in the 
 
 Peak live bytes, FLOPs and peak resident memory come from a process for each row: all tensors of the run; products in
 the run; and all that the process holds, its interpreter and libraries with it. The time is that of the steps alone, in
-one process, interleaved; each run starts anew. Tokens a second are counted without padding.
+one process, interleaved; each run starts anew. Tokens a second are counted without padding. With --cpu-time it is CPU
+seconds of one thread.
 
 The table of tokens: a file of chats, made of the same texts in other rows, is read and becomes token ids and the flags
 of what is learned; for `datasets` with two processes (`map`, batched) ids and flags, and ids alone.
@@ -294,9 +296,8 @@ def main(arguments: list[str] | None = None) -> None:
             count = next(iter(found.values())).tokens
             print(f"\n{what}, {count:,} tokens:\n\n{cost_table(task, found)}", flush=True)
         if "time" in options.tables:
-            print(
-                f"\n{what}, {options.rounds} rounds:\n\n{time_table(task, *measure(setup, rows, options.rounds, clock))}"
-            )
+            timed = time_table(task, *measure(setup, rows, options.rounds, clock))
+            print(f"\n{what}, {options.rounds} rounds:\n\n{timed}", flush=True)
     if "tokens" in options.tables:
         print(f"\n{token_table(options)}")
 
