@@ -139,14 +139,17 @@ def _config(subject: str, overrides: list[str]) -> ScoreConfig:
     return load_tree(ScoreConfig, None, overrides, start)
 
 
-def _group(config: ScoreConfig) -> str:
-    """What runs that differ in their seed alone have in common."""
-    tree = config.model_dump(mode="json", exclude={"seed", "adapter"})
-    if config.adapter is not None:
-        described = config.adapter / "adapter_config.json"
-        tree["adapter"] = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else str(described)
-        tree["adapter"].pop("seed", None) if isinstance(tree["adapter"], dict) else None
-    return json.dumps(tree, sort_keys=True)
+def _group(subject: str, config: ScoreConfig) -> str:
+    """What runs that differ in their seed alone have in common, whatever they were called with here."""
+    from trimtab.train.score import run_config
+
+    folder = Path(subject).expanduser()
+    if not (folder / "config.yaml").is_file():
+        return subject
+    without: Any = {"seed": True, "name": True, "out": True, "method": {"seed"}}
+    own = run_config(folder).model_dump(mode="json", exclude=without)
+    scored = config.model_dump(mode="json", exclude={"seed", "adapter", "model"})
+    return json.dumps([own, scored], sort_keys=True)
 
 
 def _table(configs: dict[str, ScoreConfig], found: dict[str, Scores]) -> Table:
@@ -154,7 +157,7 @@ def _table(configs: dict[str, ScoreConfig], found: dict[str, Scores]) -> Table:
 
     groups: dict[str, list[str]] = {}
     for subject, config in configs.items():
-        groups.setdefault(_group(config), []).append(subject)
+        groups.setdefault(_group(subject, config), []).append(subject)
     table = Table("model", "split", "metric", "score")
     for members in groups.values():
         label = "\n".join(members)

@@ -11,6 +11,7 @@ Tokens are made once, before the first step, by the tokenizer's own threads, and
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -55,6 +56,35 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def select(self, rows: NDArray[np.int64]) -> Encoded:
+        """Some of the sequences."""
+
+        def some(ragged: Ragged | None) -> Ragged | None:
+            return None if ragged is None else Ragged.of([ragged[row] for row in rows], ragged.flat.dtype)
+
+        ids = some(self.ids)
+        assert ids is not None
+        return Encoded(
+            ids,
+            self.source[rows],
+            types=some(self.types),
+            learned=some(self.learned),
+            targets=some(self.targets),
+            labels=None if self.labels is None else self.labels[rows],
+            text_bytes=None if self.text_bytes is None else self.text_bytes[rows],
+        )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What tells two sets apart."""
+        found = hashlib.sha256()
+        for ragged in (self.ids, self.types, self.learned, self.targets):
+            if ragged is not None:
+                found.update(ragged.starts.tobytes() + ragged.flat.tobytes())
+        if self.labels is not None:
+            found.update(self.labels.tobytes())
+        return found.hexdigest()
 
     @functools.cached_property
     def tokens(self) -> NDArray[np.int64]:
@@ -117,10 +147,20 @@ class Encoder:
             )
         return found
 
-    def prompts(self, examples: Sequence[Written]) -> list[list[int]]:
-        """The tokens that a model goes on from when it writes an answer, the end cut off where they are too many."""
-        texts = [as_prompt(example.source) if self.reading == "causal" else example.source for example in examples]
-        return [ids[: self.seq_len] for ids in self._ids(texts, special=True, end=self.reading == "pair")]
+    def prompts(self, examples: Sequence[Written], most: int | None = None) -> list[list[int]]:
+        """The tokens that a model goes on from when it writes an answer.
+
+        Args:
+            examples: what is asked.
+            most: at most so many; None: `seq_len`. Of a longer prompt a causal model gets the end, where the question
+                stands, behind the token that begins a text; an encoder gets what it got in training.
+        """
+        room = min(self.seq_len, most or self.seq_len)
+        if self.reading == "pair":
+            return [self._shortened(ids) for ids in self._ids([e.source for e in examples], special=True, end=True)]
+        begin = 1 if _adds_beginning(self.tokenizer) else 0
+        found = self._ids([as_prompt(e.source) for e in examples], special=True)
+        return [ids if len(ids) <= room else [*ids[:begin], *ids[len(ids) - room + begin :]] for ids in found]
 
     # -- the forms -----------------------------------------------------------------------------
 

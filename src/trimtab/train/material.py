@@ -5,7 +5,8 @@ Whatever is wrong with the task, the tokenizer, the model's kind or the method i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -24,13 +25,14 @@ from trimtab.models.taskmodel import (
     shadow_task_model,
     task_tokenizer,
 )
-from trimtab.tasks.base import Example, Loaded
+from trimtab.tasks.base import Example, Labelled, Loaded, Task
 from trimtab.tasks.batches import Collate, ExampleBatches, LayCausal, PadHead, PadPairs
 from trimtab.tasks.encode import Encoder, Reading
 from trimtab.train import randomstate
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.objective import Objective
-from trimtab.train.scoring import Scorer
+from trimtab.train.packed import packing_fault
+from trimtab.train.scoring import Scorer, as_written
 
 Config = TypeVar("Config", FinetuneConfig, ScoreConfig)
 
@@ -49,6 +51,7 @@ class Material:
         batches: of the training split.
         scorer: of the other splits.
         notes: what a user should know, one sentence each.
+        faults: why examples are not packed that were to be; known once there is a model.
     """
 
     config: FinetuneConfig
@@ -60,6 +63,7 @@ class Material:
     batches: ExampleBatches
     scorer: Scorer
     notes: list[str]
+    faults: list[str] = field(default_factory=list)
 
     def model(self) -> Any:
         """The model, drawn and read anew; it seeds all generators."""
@@ -68,7 +72,25 @@ class Material:
         model, _ = build_task_model(config.model, self.reading, self.settings, config.seed, DTYPES[config.dtype])
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
+        self._keep_apart(model)
         return model
+
+    def _keep_apart(self, model: Any) -> None:
+        """Pad examples, where the model would let packed ones see each other."""
+        collate = self.batches.collate
+        if not isinstance(collate, LayCausal) or not collate.packing:
+            return
+        if fault := packing_fault(model, collate, self.batches.data):
+            self.faults.append(fault)
+            padded = replace(collate, packing=False)
+            self.batches.lay(padded, grouped=self.config.data.group_by_length)
+            self.scorer.collate = padded
+
+    @property
+    def digest(self) -> str:
+        """What tells the tokens of two tasks apart."""
+        parts = [self.batches.data, *self.scorer.encoded.values()]
+        return hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
 
     def objective(self, model: nn.Module) -> Objective | HeadObjective:
         """The loss of a model on this task."""
@@ -99,15 +121,20 @@ def prepare(config: FinetuneConfig) -> Material:
             "read again; set data.packing=false",
         )
     train: list[Example] = list(loaded.splits["train"])
+    written = as_written(config.task, reading, loaded, train)
+    encoded = encoder(written, "train")
+    if reading != "head" and config.task.form in ("class", "number", "text"):
+        _check_words(config.task, loaded, tokenizer)
+        longest = config.task.decoding.get("max_new_tokens", int(encoded.due.max()))
+        if config.eval.max_new_tokens is None:  # in the run's folder it stands, so that others score alike
+            config = config.model_copy(update={"eval": config.eval.model_copy(update={"max_new_tokens": int(longest)})})
     scorer = Scorer(config.task, loaded, reading, encoder, collate, config.eval)
-    encoded = encoder(scorer.as_written(train), "train")
-    scorer.longest_answer = int(encoded.due.max()) if reading != "head" else 0
     trained = collate
     if isinstance(collate, LayCausal) and config.train.cache_hidden is not None:
         trained = replace(collate, masked=True)  # which positions hold tokens is part of what is stored
     grouped = config.data.group_by_length and not packed
     batches = ExampleBatches(encoded, trained, config.train.batch, config.seed, grouped=grouped)
-    notes = [*loaded.notes, *(f"split train: {note}" for note in encoded.notes)]
+    notes = [*loaded.notes, *(f"split train: {note}" for note in encoded.notes), *scorer.notes]
     skipped = [f"{count} of {split}" for split, count in loaded.skipped.items() if count]
     if skipped:
         notes.append(f"task.skip_bad_rows: rows passed over: {', '.join(skipped)}.")
@@ -142,6 +169,23 @@ def collate_for(reading: Reading, tokenizer: Any, hf: Any, name: str, data: Exam
     if start is None:
         raise ConfigError(f"model.name: the config of {name} has no decoder_start_token_id, its decoder's first token")
     return PadPairs(pad, int(start))
+
+
+def _check_words(task: Task, loaded: Loaded, tokenizer: Any) -> None:
+    """See that the tokenizer can write the words of the labels.
+
+    Raises:
+        DataError: it cannot.
+    """
+    for number, name in enumerate(loaded.labels):
+        (word,) = task.as_text(Labelled("", "", float(number)), loaded.labels).references
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        back = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if back != word.strip():
+            raise DataError(
+                f"task: the label {name!r} would be written as {word!r}, of which the tokenizer keeps {back!r}; rename "
+                "it, or put a head on the model with model.head=classes"
+            )
 
 
 def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from trimtab.config import DTYPES
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.finetuneconfig import FinetuneConfig, ScoreConfig, is_finetuning
+from trimtab.loadconfig import load_tree
 from trimtab.methods.registry import load_adapter
 from trimtab.models.taskmodel import build_task_model, head_settings
 from trimtab.tasks.base import Loaded
@@ -63,15 +64,7 @@ def of_run(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder is no finished fine-tuning run.
     """
-    try:
-        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{folder}: its config.yaml cannot be read: {error}") from None
-    if not is_finetuning(tree):
-        raise CheckpointError(
-            f"{folder} is a run of `trimtab pretrain`; name its model, {folder / 'model'}, and a task"
-        )
-    config = FinetuneConfig.model_validate(tree)
+    config = run_config(folder)
     model, adapter = config.model.model_dump(mode="json"), folder / "adapter"
     if not adapter.is_dir():
         if not (folder / "model").is_dir():
@@ -81,6 +74,25 @@ def of_run(folder: Path) -> dict[str, Any]:
     dumped = config.model_dump(mode="json")
     found: dict[str, Any] = {key: dumped[key] for key in kept}
     return found | {"model": model, "adapter": str(adapter) if adapter.is_dir() else None}
+
+
+def run_config(folder: Path) -> FinetuneConfig:
+    """The configuration in the folder of a fine-tuning run.
+
+    Raises:
+        CheckpointError: it is none.
+        ConfigError: its configuration cannot be used.
+    """
+    path = folder / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not is_finetuning(tree):
+        raise CheckpointError(
+            f"{folder} is a run of `trimtab pretrain`; name its model, {folder / 'model'}, and a task"
+        )
+    return load_tree(FinetuneConfig, path)
 
 
 def _model(config: ScoreConfig, reading: Reading, settings: dict[str, Any]) -> nn.Module:
