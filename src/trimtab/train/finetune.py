@@ -26,6 +26,7 @@ from trimtab.train.folder import refuse_used_folder, replace_text, save_model, s
 from trimtab.train.material import Material, prepare
 from trimtab.train.metrics import RunLog, jsonable, require_tensorboard
 from trimtab.train.resume import continued
+from trimtab.train.score import LABELS
 from trimtab.train.scoring import Scores
 from trimtab.train.session import RunResult, Session, find_checkpoint, refuse_distributed, say
 
@@ -212,6 +213,8 @@ class _Run(Session[FinetuneConfig]):
         if wanted != "merged" or not whole:
             try:
                 adapter.save(self.folder / "adapter")
+                if self.material.reading == "head" and self.material.loaded.labels:
+                    replace_text(self.folder / "adapter" / LABELS, json.dumps(list(self.material.loaded.labels)))
                 places.append(f"adapter: {self.folder / 'adapter'}")
                 if not whole and wanted != "adapter":
                     say(self.console, f"save = {wanted}: there is no merged model ({adapter.no_merge})")
