@@ -68,6 +68,13 @@ class ExamplesConfig(Settings):
         return self.seq_len
 
 
+class TaskScheduleConfig(ScheduleConfig):
+    """The shape of the learning rate, as in pre-training; by default it falls to 0 in a line."""
+
+    shape: Literal["cosine", "linear", "constant"] = "linear"
+    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+
+
 class TaskTrainConfig(Settings):
     """How long, and how many examples a step: `batch` of them, in micro-batches of `micro_batch`.
 
@@ -126,7 +133,7 @@ class FinetuneConfig(RunConfig):
     model: TaskModelConfig
     task: TaskField
     data: ExamplesConfig = ExamplesConfig()
-    schedule: ScheduleConfig = ScheduleConfig(shape="linear", floor=0.0)
+    schedule: TaskScheduleConfig = TaskScheduleConfig()
     train: TaskTrainConfig = TaskTrainConfig()
     eval: TaskEvalConfig = TaskEvalConfig()
     save: Literal["adapter", "merged", "both"] = "adapter"

@@ -61,6 +61,11 @@ def reading_of(config: TaskModelConfig, hf: Any, form: Form) -> Reading:
     """
     family = family_of(hf)
     labelled = form in ("class", "number")
+    if labelled and config.head == "classes" and family == "pair":
+        raise ConfigError(
+            f"model.head = classes: {config.name} is a {hf.model_type}, an encoder-decoder model, which writes its "
+            "answers; set it to auto"
+        )
     if labelled and (config.head == "classes" or (config.head == "auto" and family == "encoder")):
         return "head"
     if family == "encoder":

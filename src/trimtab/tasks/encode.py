@@ -160,7 +160,7 @@ class Encoder:
             return [self._shortened(ids) for ids in self._ids([e.source for e in examples], special=True, end=True)]
         begin = 1 if _adds_beginning(self.tokenizer) else 0
         found = self._ids([as_prompt(e.source) for e in examples], special=True)
-        return [ids if len(ids) <= room else [*ids[:begin], *ids[len(ids) - room + begin :]] for ids in found]
+        return [ids if len(ids) <= room else _end_of(ids, room, begin) for ids in found]
 
     # -- the forms -----------------------------------------------------------------------------
 
@@ -190,19 +190,28 @@ class Encoder:
         prompts = self._ids([as_prompt(e.source) for e in examples], special=True)
         answers = self._ids([e.references[0] for e in examples], special=False)
         end = [self._end()]
-        pairs = [(p + a + end, [False] * len(p) + [True] * (len(a) + 1)) for p, a in zip(prompts, answers, strict=True)]
-        return self._causal(pairs, split, "examples")
+        begin = 1 if _adds_beginning(self.tokenizer) else 0
+        long = np.asarray([len(p) + len(a) + 1 > self.seq_len for p, a in zip(prompts, answers, strict=True)])
+        keep, notes = self._judge(long, split, "examples")
+        pairs = []
+        for p, a in zip(prompts, answers, strict=True):
+            room = max(self.seq_len - len(a) - 1, begin + 1)  # the answer stays, as far as it goes
+            p = p if len(p) <= room else _end_of(p, room, begin)
+            pairs.append((p + a + end, [False] * len(p) + [True] * (len(a) + 1)))
+        return self._causal(pairs, keep, notes, "examples")
 
     def _chats(self, examples: Sequence[Chat], split: str) -> Encoded:
         from trimtab.tasks.chattokens import ChatEncoder
 
         each = ChatEncoder(self.tokenizer).each([e.messages for e in examples])
-        return self._causal([(np.asarray(i, np.int32), np.asarray(flags, bool)) for i, flags in each], split, "chats")
+        pairs = [(np.asarray(i, np.int32), np.asarray(flags, bool)) for i, flags in each]
+        keep, notes = self._judge(np.asarray([len(ids) > self.seq_len for ids, _ in pairs]), split, "chats")
+        return self._causal(pairs, keep, notes, "chats")
 
-    def _causal(self, pairs: Sequence[tuple[Any, Any]], split: str, what: str) -> Encoded:
+    def _causal(
+        self, pairs: Sequence[tuple[Any, Any]], keep: NDArray[np.bool_], notes: list[str], what: str
+    ) -> Encoded:
         """Cut at `seq_len`, and leave out what has nothing to learn then."""
-        long = np.asarray([len(ids) > self.seq_len for ids, _ in pairs])
-        keep, notes = self._judge(long, split, what)
         cut = [(ids[: self.seq_len], learned[: self.seq_len]) for ids, learned in pairs]
         taught = np.asarray([True in learned[1:] for _, learned in cut])
         if mute := int((keep & ~taught).sum()):
@@ -304,6 +313,11 @@ class Encoder:
 def as_prompt(source: str) -> str:
     """A source as a causal model is given it: a line of its own, after which the answer begins."""
     return source if source.endswith("\n") else f"{source}\n"
+
+
+def _end_of(ids: list[int], room: int, begin: int) -> list[int]:
+    """The last of the tokens, where a question stands, behind the `begin` ones that begin every text."""
+    return [*ids[:begin], *ids[len(ids) - room + begin :]]
 
 
 def _parts(items: Sequence[Any]) -> list[list[Any]]:

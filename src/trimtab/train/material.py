@@ -106,7 +106,7 @@ def prepare(config: FinetuneConfig) -> Material:
         TrimtabError: what is wrong, in one line.
     """
     config, hf, reading, tokenizer = open_parts(config)
-    loaded = config.task.load(config.seed)
+    loaded = config.task.load()  # runs with other seeds are scored on the same examples
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
     method = config.method.for_finetuning(config.seed, new_head=reading == "head")
     _check_method(config, method, shadow_task_model(config.model, hf, reading, settings))

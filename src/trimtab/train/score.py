@@ -34,7 +34,7 @@ def score(config: ScoreConfig) -> Scores:
         TrimtabError: whatever a user can mend, in one line.
     """
     config, hf, reading, tokenizer = open_parts(config)
-    loaded = config.task.load(config.seed, training=False)
+    loaded = config.task.load(training=False)
     if not loaded.scored:
         raise ConfigError("task: there is no split to score; give task.validation or task.test")
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
@@ -76,6 +76,7 @@ def of_run(folder: Path) -> dict[str, Any]:
     kept = ("task", "data", "loss", "eval", "device", "dtype", "seed")
     dumped = config.model_dump(mode="json")
     found: dict[str, Any] = {key: dumped[key] for key in kept}
+    found["eval"]["examples"] = None  # that is for evaluations while training
     return found | {"model": model, "adapter": str(adapter) if adapter.is_dir() else None}
 
 
