@@ -87,6 +87,8 @@ def evaluate(
         extra.append(_language(str(text)))
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}")
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder; give a file")
     if lm_eval is not None:
         extra.append(_language("none"))  # the harness brings its own
     configs = {subject: _config(subject, [*extra, *overrides]) for subject in subjects}
@@ -131,6 +133,10 @@ def _config(subject: str, overrides: list[str]) -> ScoreConfig:
     start: dict[str, Any] = {"model": {"name": subject}}
     if (folder / "config.yaml").is_file():
         start = of_run(folder)
+    elif "/" in subject and subject.count("/") != 1 and not folder.exists():
+        raise ConfigError(f"{subject}: there is no such folder")
+    elif (folder / "comparison.json").is_file():
+        raise ConfigError(f"{subject} is a comparison; its scores are in comparison.md, its runs in the folders below")
     elif not any(word.partition("=")[0].split(".")[0] == "task" for word in overrides):
         raise ConfigError(
             f"{subject} is no fine-tuning run, so it has no task; give one, such as "

@@ -17,6 +17,7 @@ from trimtab.config import (
     ScheduleConfig,
     Storage,
     rounding,
+    unused_storage,
 )
 from trimtab.settings import Settings
 from trimtab.tasks import TaskField
@@ -175,6 +176,9 @@ class FinetuneConfig(RunConfig):
         if train.steps is not None:
             self.check_method()
         return self
+
+    def own_unused(self) -> list[str]:
+        return unused_storage(self.train)
 
     def cautions(self) -> list[str]:
         return [*super().cautions(), *rounding(self.train.cache_hidden, self.train.cache_storage, self.dtype)]

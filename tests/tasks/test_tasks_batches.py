@@ -52,7 +52,7 @@ def test_an_epoch_has_each_example_once_and_the_next_another_order(grouped: bool
     again = ExampleBatches(data, LayCausal(0, 64, False), 8, 3, grouped=grouped)
 
     def rows(batches: ExampleBatches, step: int) -> list[int]:
-        return batches.batch(step)._rows.tolist()
+        return batches.batch(step).rows.tolist()
 
     epochs = [[rows(batches, epoch * 13 + step) for step in range(13)] for epoch in (0, 1)]
     assert batches.per_epoch == 13
@@ -61,7 +61,7 @@ def test_an_epoch_has_each_example_once_and_the_next_another_order(grouped: bool
         assert sorted(len(batch) for batch in epoch) == [7] + [8] * 12
     assert epochs[0] != epochs[1]
     assert [rows(again, step) for step in (20, 3)] == [rows(batches, step) for step in (20, 3)]
-    assert ExampleBatches(data, LayCausal(0, 64, False), 8, 4).batch(0)._rows.tolist() != epochs[0][0]
+    assert ExampleBatches(data, LayCausal(0, 64, False), 8, 4).batch(0).rows.tolist() != epochs[0][0]
 
 
 @pytest.mark.parametrize("grouped", [False, True])

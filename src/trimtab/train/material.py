@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from trimtab.config import DTYPES, Misfit
+from trimtab.config import DTYPES, Misfit, given
 from trimtab.errors import CannotSave, ConfigError, DataError
 from trimtab.finetuneconfig import ExamplesConfig, FinetuneConfig, ScoreConfig
+from trimtab.loadconfig import unused_settings
 from trimtab.methods.base import Method
 from trimtab.methods.registry import attach
 from trimtab.models.load import read_config
@@ -136,6 +137,7 @@ def prepare(config: FinetuneConfig) -> Material:
     batches = ExampleBatches(encoded, trained, config.train.batch, config.seed, grouped=grouped)
     notes = [*loaded.notes, *(f"split train: {note}" for note in encoded.notes), *scorer.notes]
     skipped = [f"{count} of {split}" for split, count in loaded.skipped.items() if count]
+    notes += [*unused_settings(config.resolved(batches.per_epoch)), *_idle(config, reading, len(encoded))]
     if skipped:
         notes.append(f"task.skip_bad_rows: rows passed over: {', '.join(skipped)}.")
     return Material(
@@ -169,6 +171,29 @@ def collate_for(reading: Reading, tokenizer: Any, hf: Any, name: str, data: Exam
     if start is None:
         raise ConfigError(f"model.name: the config of {name} has no decoder_start_token_id, its decoder's first token")
     return PadPairs(pad, int(start))
+
+
+def _idle(config: FinetuneConfig, reading: Reading, examples: int) -> list[str]:
+    """Settings that were given and have no effect on this task with this model, a line each."""
+    notes = []
+    writes = reading != "head" and config.task.form in ("class", "number", "text")
+    if not writes:
+        why = "has no effect: the model writes no answers"
+        notes += [f"eval.{key} {why}" for key in given(config.eval, "beams", "max_new_tokens")]
+        if "prompt" in type(config.task).model_fields:
+            notes += [f"task.{key} {why}" for key in given(config.task, "prompt")]
+    if type(config.task).headline is Task.headline:
+        why = f"has no effect: the task {config.task.name} is reported in one way"
+        notes += [f"eval.{key} {why}" for key in given(config.eval, "report")]
+    if reading != "causal":
+        notes += [f"data.{key} has no effect: only causal models are packed" for key in given(config.data, "packing")]
+    elif config.data.packing:
+        notes += [f"data.{key} has no effect: data.packing is on" for key in given(config.data, "group_by_length")]
+    if config.train.batch > examples:
+        notes.append(
+            f"train.batch = {config.train.batch} is more than the {examples} examples, which are all of a step"
+        )
+    return notes
 
 
 def _check_words(task: Task, loaded: Loaded, tokenizer: Any) -> None:

@@ -120,7 +120,10 @@ class Scorer:
                 elif self.task.form in ("class", "number", "text"):
                     written = self._write(model, chosen)
                     answers[split] = written
-                    found = {**self.task.score(split, self._read(written), chosen), **found}
+                    read = self._read(written)
+                    found = {**self.task.score(split, read, chosen), **found}
+                    if self.task.form != "text":  # each counts as wrong, which a score alone does not tell
+                        found["unreadable"] = sum(answer is None for answer in read) / len(read)
                 splits[split] = found
         return Scores(splits, self.task.headline(splits, self.options.report), answers)
 
