@@ -12,7 +12,8 @@ decay of the rate, clipping at 1:
 * reviews: MiniLM-L6 with a new head, which trains in full, on sentences of film reviews.
 
 Models and texts are those of examples/real_models.py; where a package is missing, stand-ins of the same shapes, which
-the table says. All rows take an epoch of the same examples, as many a step, from the same values.
+the table says. All rows take an epoch of the same examples, as many a step, from the same values. The examples are few
+with the lengths of many: stretches, evenly spaced, of those of 50 steps in the order of their lengths.
 
 * "Trainer + peft": dynamic padding, bf16 autocast over a bf16 model (which is faster and smaller here than without),
   no activation checkpointing, no logging, no saving; batches as they are drawn. "grouped": batches of similar length.
@@ -43,7 +44,7 @@ from typing import Any
 
 import finetune_sides as sides
 import torch
-from finetune_data import parts
+from finetune_data import parts, sample
 
 from trimtab.bench.meters import count_flops, live_bytes, own_peak_resident
 from trimtab.bench.runner import Timings, circumstances, markdown_table
@@ -69,7 +70,9 @@ class RunCosts:
 
 
 def setup_of(task: str, options: argparse.Namespace) -> sides.Setup:
-    return sides.Setup(task, parts(task, options.out, options.quick), options.steps, options.batch or BATCH[task])
+    batch = options.batch or BATCH[task]
+    some = sample(parts(task, options.out, options.quick), options.steps, batch, options.out / "benchmark")
+    return sides.Setup(task, some, options.steps, batch)
 
 
 # -- costs -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,6 +52,38 @@ def parts(task: str, out: Path, quick: bool) -> Parts:
         folders.append(folder)
     model, data = folders
     return Parts(model, data / f"train.{ending}", data / f"validation.{ending}", "; ".join(described))
+
+
+def sample(whole: Parts, steps: int, batch: int, folder: Path) -> Parts:
+    """Few examples with the lengths of many, so that a short run pads as much as a long one does.
+
+    Of the first 50 steps' examples in a drawn order, sorted by their tokens, `steps` stretches of a step's examples are
+    taken, evenly spaced: batches of similar length are these, and batches as drawn are of them all.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(whole.model)
+    lines = whole.train.read_text(encoding="utf-8").splitlines(keepends=True)
+    head = lines[:1] if whole.train.suffix == ".csv" else []
+    rows = lines[len(head) :]
+    random.Random(0).shuffle(rows)
+    texts = [_text(row, bool(head)) for row in rows[: max(50, steps) * batch]]
+    sizes = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    rows = [rows[n] for n in sorted(range(len(sizes)), key=lambda n: sizes[n])]
+    groups = len(rows) // batch
+    starts = [batch * int((n + 0.5) * groups / steps) for n in range(steps)]
+    kept = [row for start in starts for row in rows[start : start + batch]]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{steps}x{batch}-{whole.train.parent.name}{whole.train.suffix}"
+    path.write_text("".join([*head, *kept]), encoding="utf-8")
+    return replace(whole, train=path)
+
+
+def _text(row: str, table: bool) -> str:
+    """What a line of a file says; of a chat all turns."""
+    if table:
+        return next(csv.reader([row]))[0]
+    return "\n".join(turn["content"] for turn in json.loads(row)["messages"])
 
 
 def _real(name: str, out: Path) -> Path | None:

@@ -12,10 +12,16 @@ import torch
 from finetune_data import Parts
 
 import trimtab
-from trimtab.config import LogConfig, OptimConfig, ScheduleConfig
-from trimtab.finetuneconfig import ExamplesConfig, FinetuneConfig, TaskEvalConfig, TaskModelConfig, TaskTrainConfig
+from trimtab.config import LogConfig, OptimConfig
+from trimtab.finetuneconfig import (
+    ExamplesConfig,
+    FinetuneConfig,
+    TaskEvalConfig,
+    TaskModelConfig,
+    TaskScheduleConfig,
+    TaskTrainConfig,
+)
 from trimtab.methods.registry import attach
-from trimtab.models.taskmodel import build_task_model
 from trimtab.optim.build import build_optimizer
 from trimtab.tasks import parse_task
 from trimtab.train.loop import Training, train
@@ -56,7 +62,7 @@ class Setup:
             device="cpu",
             dtype="bf16",
             model=TaskModelConfig(name=str(self.parts.model)),
-            task=parse_task({"name": name, **splits, "max_train": self.steps * self.batch}),
+            task=parse_task({"name": name, **splits}),
             data=ExamplesConfig(
                 seq_len=SEQ_LEN[self.task],
                 packing=row == OURS,
@@ -64,7 +70,7 @@ class Setup:
             ),
             method=trimtab.LoRA(rank=RANK, alpha=ALPHA, targets=TARGETS[self.task]),
             optim=OptimConfig(lr=RATE[self.task]),
-            schedule=ScheduleConfig(shape="linear", floor=0.0),
+            schedule=TaskScheduleConfig(),
             train=TaskTrainConfig(steps=self.steps, batch=self.batch, clip=1.0),
             eval=TaskEvalConfig(),
             log=LogConfig(),
@@ -91,11 +97,7 @@ class _Losses:
 
 
 def our_model(setup: Setup, material: Material) -> tuple[Any, Any]:
-    model, _ = build_task_model(
-        material.config.model, material.reading, material.settings, material.config.seed, torch.bfloat16
-    )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = material.tokenizer.pad_token_id
+    model = material.model()
     return model, attach(model, material.method, dtype=torch.bfloat16)
 
 

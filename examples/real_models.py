@@ -168,12 +168,16 @@ def make(name: str, out: Path) -> Path:
         return folder
     partial = folder.with_name(f"{folder.name}.partial")  # what is torn is not taken for what is there
     shutil.rmtree(partial, ignore_errors=True)
-    if name in MODELS:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        MODELS[name][1](partial)
-    else:
-        partial.mkdir(parents=True)
-        SETS[name](partial)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if name in MODELS:
+            MODELS[name][1](partial)
+        else:
+            partial.mkdir()
+            SETS[name](partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     partial.rename(folder)
     return folder
 

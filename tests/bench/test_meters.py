@@ -171,6 +171,13 @@ def test_peak_resident_memory_of_a_script(tmp_path: Path) -> None:
     assert own_peak_resident() > 0
 
 
+def test_a_script_finds_the_modules_beside_it(tmp_path: Path) -> None:
+    """As when Python runs it."""
+    (tmp_path / "beside.py").write_text("WORD = 'found'\n")
+    (tmp_path / "script.py").write_text("import beside\nprint(beside.WORD)\n")
+    assert peak_resident([tmp_path / "script.py"])[1] == "found\n"
+
+
 def test_failing_script_is_an_error(tmp_path: Path) -> None:
     """A script that fails gives no number, and its last words."""
     script = tmp_path / "script.py"

@@ -300,3 +300,17 @@ def test_building_leaves_torch_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be built"):
         trimtab.load_quantized(folder, model_class=dict)
     assert nn.Module.register_parameter is before and nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_how_it_writes_comes_along(tmp_path: Path) -> None:
+    """A checkpoint's settings of generation, from the plain folder and from the quantised one."""
+    model = tiny_llama()
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "plain")
+    loaded = trimtab.load_quantized(tmp_path / "plain")
+    assert loaded.generation_config.max_new_tokens == 7
+    trimtab.save_quantized(loaded, tmp_path / "packed")
+    assert trimtab.load_quantized(tmp_path / "packed").generation_config.max_new_tokens == 7
+    (tmp_path / "plain" / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read"):
+        trimtab.load_quantized(tmp_path / "plain")

@@ -20,6 +20,7 @@ from trimtab.loadconfig import load_tree
 from trimtab.models import taskmodel
 from trimtab.nn.nf4layer import NF4Linear
 from trimtab.train.finetune import finetune
+from trimtab.train.material import prepare
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,40 @@ def test_a_checkpoint_in_the_dtype_of_the_run_is_held_in_no_more(
         assert {p.dtype for p in built[-1].parameters() if not p.requires_grad} == {held}
         (row,) = json.loads((tmp_path / dtype / "parameters.json").read_text())["phases"]
         assert row["memory"]["carry_host"] == 0
+
+
+def test_what_stays_frozen_is_in_the_dtype_of_the_run_and_what_trains_is_exact(folder: Path, tmp_path: Path) -> None:
+    """fp32 files in a bf16 run: no carry beside them, but the head's tensors are the files' own."""
+    plain = ["model.quantize=null", "dtype=bf16"]
+    settings = config(folder, tmp_path, *plain, chat=False)
+    model, files = prepare(settings).model(), load_file(folder / "encoder" / "model.safetensors")
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    exact = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert exact == {name for name in dtypes if "pooler" in name or "classifier" in name}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+    assert torch.equal(model.bert.pooler.dense.weight, files["pooler.dense.weight"])
+    run(settings)
+    (row,) = json.loads((tmp_path / "run" / "parameters.json").read_text())["phases"]
+    assert row["memory"]["carry_host"] == 0
+
+
+def test_a_method_that_writes_into_the_base_later_gets_all_of_it(folder: Path, tmp_path: Path) -> None:
+    """Restarts and full-rank steps: the files' fp32 stays."""
+    for method in (
+        "{name: relora, rank: 4, restart_every: 2}",
+        "{name: lora, rank: 4, warm_start_steps: 2}",
+        "{name: full}",
+    ):
+        settings = config(
+            folder,
+            tmp_path,
+            "model.quantize=null",
+            "dtype=bf16",
+            f"method={method}",
+            "schedule.rewarm_steps=1",
+            chat=False,
+        )
+        assert {parameter.dtype for parameter in prepare(settings).model().parameters()} == {torch.float32}
 
 
 def test_what_was_trained_on_4_bits_writes_on_4_bits(folder: Path, tmp_path: Path) -> None:

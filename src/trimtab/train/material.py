@@ -53,6 +53,8 @@ class Material:
         scorer: of the other splits.
         notes: what a user should know, one sentence each.
         faults: why examples are not packed that were to be; known once there is a model.
+        exact: tensors of the model that are held in all their bits, those that train; None is all of them, for a method
+            that writes into the others later.
     """
 
     config: FinetuneConfig
@@ -65,15 +67,24 @@ class Material:
     scorer: Scorer
     notes: list[str]
     faults: list[str] = field(default_factory=list)
+    exact: frozenset[str] | None = None
 
     def model(self) -> Any:
-        """The model, drawn and read anew; it seeds all generators."""
-        config = self.config
+        """The model, drawn and read anew; it seeds all generators.
+
+        What stays frozen to the end is in the dtype of the run already, so that nobody keeps what that rounds away:
+        it is neither trained against nor scored, and would be merged into a model that was not.
+        """
+        config, dtype = self.config, DTYPES[self.config.dtype]
         randomstate.seed_all(config.seed)
-        model, _ = build_task_model(config.model, self.reading, self.settings, config.seed, DTYPES[config.dtype])
+        model, _ = build_task_model(config.model, self.reading, self.settings, config.seed, dtype)
+        self._keep_apart(model)
+        if self.exact is not None:
+            for name, parameter in model.named_parameters():
+                if name not in self.exact and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
-        self._keep_apart(model)
         return model
 
     def _keep_apart(self, model: Any) -> None:
@@ -106,11 +117,12 @@ def prepare(config: FinetuneConfig) -> Material:
     Raises:
         TrimtabError: what is wrong, in one line.
     """
+    given_by_user = config
     config, hf, reading, tokenizer = open_parts(config)
     loaded = config.task.load()  # runs with other seeds are scored on the same examples
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
     method = config.method.for_finetuning(config.seed, new_head=reading == "head")
-    _check_method(config, method, shadow_task_model(config.model, hf, reading, settings))
+    trained = _check_method(config, method, shadow_task_model(config.model, hf, reading, settings))
 
     encoder = Encoder(tokenizer, reading, config.data.length, config.data.too_long)
     collate = collate_for(reading, tokenizer, hf, config.model.name, config.data)
@@ -130,19 +142,18 @@ def prepare(config: FinetuneConfig) -> Material:
         if config.eval.max_new_tokens is None:  # in the run's folder it stands, so that others score alike
             config = config.model_copy(update={"eval": config.eval.model_copy(update={"max_new_tokens": int(longest)})})
     scorer = Scorer(config.task, loaded, reading, encoder, collate, config.eval)
-    trained = collate
+    laid = collate
     if isinstance(collate, LayCausal) and config.train.cache_hidden is not None:
-        trained = replace(collate, masked=True)  # which positions hold tokens is part of what is stored
+        laid = replace(collate, masked=True)  # which positions hold tokens is part of what is stored
     grouped = config.data.group_by_length and not packed
-    batches = ExampleBatches(encoded, trained, config.train.batch, config.seed, grouped=grouped)
+    batches = ExampleBatches(encoded, laid, config.train.batch, config.seed, grouped=grouped)
+    full = config.resolved(batches.per_epoch)
     notes = [*loaded.notes, *(f"split train: {note}" for note in encoded.notes), *scorer.notes]
-    skipped = [f"{count} of {split}" for split, count in loaded.skipped.items() if count]
-    notes += [*unused_settings(config.resolved(batches.per_epoch)), *_idle(config, reading, len(encoded))]
-    if skipped:
+    notes += [*unused_settings(full), *_idle(given_by_user, reading, len(encoded))]
+    if skipped := [f"{count} of {split}" for split, count in loaded.skipped.items() if count]:
         notes.append(f"task.skip_bad_rows: rows passed over: {', '.join(skipped)}.")
-    return Material(
-        config.resolved(batches.per_epoch), method, loaded, tokenizer, reading, settings, batches, scorer, notes
-    )
+    exact = None if full.restarts() or method.switch_step else trained
+    return Material(full, method, loaded, tokenizer, reading, settings, batches, scorer, notes, exact=exact)
 
 
 def open_parts(config: Config) -> tuple[Config, Any, Reading, Any]:
@@ -213,7 +224,8 @@ def _check_words(task: Task, loaded: Loaded, tokenizer: Any) -> None:
             )
 
 
-def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> None:
+def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> frozenset[str]:
+    """The names of what trains at first, if the method fits."""
     dtype = DTYPES[config.dtype]
     try:
         adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
@@ -226,3 +238,4 @@ def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> 
             adapter.check_save()
         except CannotSave as error:
             raise ConfigError(f"method.train_also: {error}") from None
+    return frozenset(entry.name for entry in adapter.trainable())
