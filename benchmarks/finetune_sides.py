@@ -12,8 +12,15 @@ import torch
 from finetune_data import Parts
 
 import trimtab
-from trimtab.config import LogConfig, OptimConfig, ScheduleConfig
-from trimtab.finetuneconfig import ExamplesConfig, FinetuneConfig, TaskEvalConfig, TaskModelConfig, TaskTrainConfig
+from trimtab.config import LogConfig, OptimConfig
+from trimtab.finetuneconfig import (
+    ExamplesConfig,
+    FinetuneConfig,
+    TaskEvalConfig,
+    TaskModelConfig,
+    TaskScheduleConfig,
+    TaskTrainConfig,
+)
 from trimtab.methods.registry import attach
 from trimtab.optim.build import build_optimizer
 from trimtab.tasks import parse_task
@@ -64,7 +71,7 @@ class Setup:
             ),
             method=trimtab.LoRA(rank=RANK, alpha=ALPHA, targets=TARGETS[self.task]),
             optim=OptimConfig(lr=RATE[self.task]),
-            schedule=ScheduleConfig(shape="linear", floor=0.0),
+            schedule=TaskScheduleConfig(),
             train=TaskTrainConfig(steps=self.steps, batch=self.batch, clip=1.0),
             eval=TaskEvalConfig(),
             log=LogConfig(),

@@ -70,8 +70,8 @@ EXIT STATUS
   0    the command did what it was asked for
   1    a fault of the program, with a traceback; please report it
   2    something is wrong that you can mend: one line on standard error says what
-  130  Ctrl-C; pretrain writes a last checkpoint first (a second Ctrl-C leaves at once)
-  143  SIGTERM, as when a job scheduler ends a job; pretrain writes a last checkpoint first
+  130  Ctrl-C; a run writes a last checkpoint first (a second Ctrl-C leaves at once)
+  143  SIGTERM, as when a job scheduler ends a job; a run writes a last checkpoint first
 """
 
 _PRETRAIN = """Pre-train a causal language model, from random weights or from a checkpoint.

@@ -87,6 +87,8 @@ def evaluate(
         extra.append(_language(str(text)))
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}")
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder; give a file")
     if lm_eval is not None:
         extra.append(_language("none"))  # the harness brings its own
     configs = {subject: _config(subject, [*extra, *overrides]) for subject in subjects}
@@ -131,6 +133,10 @@ def _config(subject: str, overrides: list[str]) -> ScoreConfig:
     start: dict[str, Any] = {"model": {"name": subject}}
     if (folder / "config.yaml").is_file():
         start = of_run(folder)
+    elif "/" in subject and subject.count("/") != 1 and not folder.exists():
+        raise ConfigError(f"{subject}: there is no such folder")
+    elif (folder / "comparison.json").is_file():
+        raise ConfigError(f"{subject} is a comparison; its scores are in comparison.md, its runs in the folders below")
     elif not any(word.partition("=")[0].split(".")[0] == "task" for word in overrides):
         raise ConfigError(
             f"{subject} is no fine-tuning run, so it has no task; give one, such as "
@@ -139,14 +145,17 @@ def _config(subject: str, overrides: list[str]) -> ScoreConfig:
     return load_tree(ScoreConfig, None, overrides, start)
 
 
-def _group(config: ScoreConfig) -> str:
-    """What runs that differ in their seed alone have in common."""
-    tree = config.model_dump(mode="json", exclude={"seed", "adapter"})
-    if config.adapter is not None:
-        described = config.adapter / "adapter_config.json"
-        tree["adapter"] = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else str(described)
-        tree["adapter"].pop("seed", None) if isinstance(tree["adapter"], dict) else None
-    return json.dumps(tree, sort_keys=True)
+def _group(subject: str, config: ScoreConfig) -> str:
+    """What runs that differ in their seed alone have in common, whatever they were called with here."""
+    from trimtab.train.score import run_config
+
+    folder = Path(subject).expanduser()
+    if not (folder / "config.yaml").is_file():
+        return subject
+    without: Any = {"seed": True, "name": True, "out": True, "method": {"seed"}}
+    own = run_config(folder).model_dump(mode="json", exclude=without)
+    scored = config.model_dump(mode="json", exclude={"seed", "adapter", "model"})
+    return json.dumps([own, scored], sort_keys=True)
 
 
 def _table(configs: dict[str, ScoreConfig], found: dict[str, Scores]) -> Table:
@@ -154,7 +163,7 @@ def _table(configs: dict[str, ScoreConfig], found: dict[str, Scores]) -> Table:
 
     groups: dict[str, list[str]] = {}
     for subject, config in configs.items():
-        groups.setdefault(_group(config), []).append(subject)
+        groups.setdefault(_group(subject, config), []).append(subject)
     table = Table("model", "split", "metric", "score")
     for members in groups.values():
         label = "\n".join(members)

@@ -46,8 +46,9 @@ FILES
   runs/NAME/metrics.jsonl   one JSON object a logged step; evaluations are events in it
   runs/NAME/checkpoints/    the newest ones, and the best one
   runs/NAME/adapter/        the adapter, for trimtab.load_adapter (and PEFT, where it knows the
-                            method); with save=merged or save=both
-  runs/NAME/model/          the merged model and its tokenizer, for transformers
+                            method)
+  runs/NAME/model/          with save=merged or save=both, and for full training: the merged model and
+                            its tokenizer, for transformers
   runs/NAME/results.json    the scores of what was saved; answers-SPLIT.jsonl has what it wrote
   runs/NAME/report.html     curves, schedule, memory, spectrum of the update; needs no network
 

@@ -48,6 +48,8 @@ def config_of(run: Path, command: str) -> Path:
     path = run / "config.yaml"
     if not path.is_file():
         what = "holds no config.yaml, so it is no run folder" if run.is_dir() else "there is no such folder"
+        if (run / "comparison.json").is_file():
+            what = "is a comparison; the command that began it goes on with it"
         if run.is_file():
             what = f"is a file; give the run's folder, {run.parent}"
         raise CheckpointError(f"--resume {run}: {what}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from trimtab.errors import ConfigError
 from trimtab.methods import MethodField
@@ -220,6 +220,10 @@ class RunConfig(Settings, abc.ABC):
             return [f"pure = true holds what trains in {self.dtype}, too: small updates are rounded away and lost"]
         return []
 
+    def own_unused(self) -> list[str]:
+        """Of the settings that runs of this kind alone have: those that were given and have no effect, a line each."""
+        return []
+
     def restarts(self) -> tuple[int, ...]:
         """The completed-step counts after which the method restarts."""
         return self.method.restarts(self.total_steps, self.schedule.rewarm_steps)
@@ -302,8 +306,27 @@ class PretrainConfig(RunConfig):
         self.check_method()
         return self
 
+    def own_unused(self) -> list[str]:
+        notes = unused_storage(self.train)
+        if self.data.validation_sources:
+            why = "has no effect: data.validation_sources is given"
+            notes += [f"data.{key} {why}" for key in given(self.data, "validation_share")]
+        return notes
+
     def cautions(self) -> list[str]:
         return [*super().cautions(), *rounding(self.train.cache_hidden, self.train.cache_storage, self.dtype)]
+
+
+def given(section: BaseModel, *keys: str) -> list[str]:
+    """Those of the keys that differ from their defaults."""
+    fields = type(section).model_fields
+    return [key for key in keys if getattr(section, key) != fields[key].default]
+
+
+def unused_storage(train: BaseModel) -> list[str]:
+    """That `cache_storage` was given without a cache."""
+    idle = given(train, "cache_storage") if getattr(train, "cache_hidden", None) is None else []
+    return [f"train.{key} has no effect: train.cache_hidden is null" for key in idle]
 
 
 def rounding(folder: Path | None, storage: Storage, dtype: str) -> list[str]:

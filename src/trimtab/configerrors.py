@@ -98,6 +98,8 @@ def _explain(detail: ErrorDetails, tree: Tree, root: type[BaseModel]) -> tuple[K
         text, nearest = _unknown_key(key, tree, root)
         return key, 0, text, None if nearest is None else (*key[:-1], nearest)
     if kind == "missing":
+        if len(key) == 1 and (what := str(key[0])) in _NAMED:
+            return (what, "name"), 3, f"is missing; the {what}s are {', '.join(sorted(_NAMED[what][1]()))}", None
         return key, 3, "is missing; it has no default", None
     if kind == "value_error":
         cause = context.get("error")
@@ -114,7 +116,8 @@ def _explain(detail: ErrorDetails, tree: Tree, root: type[BaseModel]) -> tuple[K
 def _explain_named(what: str, section: Any, text: str) -> tuple[Key, int, str, Key | None]:
     names = sorted(_NAMED[what][1]())
     if not isinstance(section, dict):
-        return (what,), 1, f"{shown(section)} is not a section; write `{what}:` and below it `name: {names[-1]}`", None
+        name = section if section in names else names[-1]
+        return (what,), 1, f"{shown(section)} is not a section; write `{what}:` and below it `name: {name}`", None
     if "name" not in section:
         return (what, "name"), 1, f"is missing; the {what}s are {', '.join(names)}", None
     if section["name"] in names:

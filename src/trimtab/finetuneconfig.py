@@ -17,6 +17,7 @@ from trimtab.config import (
     ScheduleConfig,
     Storage,
     rounding,
+    unused_storage,
 )
 from trimtab.settings import Settings
 from trimtab.tasks import TaskField
@@ -66,6 +67,13 @@ class ExamplesConfig(Settings):
         """The longest sequence, once the model is known."""
         assert self.seq_len is not None
         return self.seq_len
+
+
+class TaskScheduleConfig(ScheduleConfig):
+    """The shape of the learning rate, as in pre-training; by default it falls to 0 in a line."""
+
+    shape: Literal["cosine", "linear", "constant"] = "linear"
+    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
 
 
 class TaskTrainConfig(Settings):
@@ -126,7 +134,7 @@ class FinetuneConfig(RunConfig):
     model: TaskModelConfig
     task: TaskField
     data: ExamplesConfig = ExamplesConfig()
-    schedule: ScheduleConfig = ScheduleConfig(shape="linear", floor=0.0)
+    schedule: TaskScheduleConfig = TaskScheduleConfig()
     train: TaskTrainConfig = TaskTrainConfig()
     eval: TaskEvalConfig = TaskEvalConfig()
     save: Literal["adapter", "merged", "both"] = "adapter"
@@ -168,6 +176,9 @@ class FinetuneConfig(RunConfig):
         if train.steps is not None:
             self.check_method()
         return self
+
+    def own_unused(self) -> list[str]:
+        return unused_storage(self.train)
 
     def cautions(self) -> list[str]:
         return [*super().cautions(), *rounding(self.train.cache_hidden, self.train.cache_storage, self.dtype)]

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.resolver import BaseResolver
 
-from trimtab.config import PretrainConfig, RunConfig
+from trimtab.config import PretrainConfig, RunConfig, given
 from trimtab.configerrors import (
     Key,
     Origins,
@@ -147,14 +147,9 @@ def dump_config(config: RunConfig) -> str:
     raise ConfigError("a setting holds characters that YAML cannot hold")
 
 
-def unused_settings(config: PretrainConfig) -> list[str]:
+def unused_settings(config: RunConfig) -> list[str]:
     """One line for each setting that differs from its default and has no effect in this run."""
     notes = []
-
-    def given(section: BaseModel, *keys: str) -> list[str]:
-        fields = type(section).model_fields
-        return [key for key in keys if getattr(section, key) != fields[key].default]
-
     if not config.method.switch_step:
         why = "has no effect: the method has no warm start"
         notes += [f"optim.{key} {why}" for key in given(config.optim, "warm_start_lr")]
@@ -168,13 +163,7 @@ def unused_settings(config: PretrainConfig) -> list[str]:
         notes += [f"schedule.{key} has no effect: the shape is constant" for key in given(config.schedule, "floor")]
     if not config.loss.chunked:
         notes += [f"loss.{key} has no effect: loss.chunked is false" for key in given(config.loss, "chunk")]
-    if config.train.cache_hidden is None:
-        notes += [
-            f"train.{key} has no effect: train.cache_hidden is null" for key in given(config.train, "cache_storage")
-        ]
-    if config.data.validation_sources:
-        why = "has no effect: data.validation_sources is given"
-        notes += [f"data.{key} {why}" for key in given(config.data, "validation_share")]
+    notes += config.own_unused()
     notes += [f"method.{key} has no effect: {why}" for key, why in config.method.idle_settings().items()]
     if config.pure and config.dtype == "fp32":
         notes.append("pure has no effect: dtype is fp32, and what trains is held in fp32 anyway")

@@ -103,15 +103,60 @@ def test_what_is_wrong_is_one_line(
     assert said.count("\n") == 1
 
 
-def test_a_head_that_numbers_its_classes_otherwise_is_refused(
+def scored(subject: Path | str, out: Path, *words: str) -> dict[str, float]:
+    assert call("eval", str(subject), "dtype=fp32", "--out", str(out), *words) == 0
+    found: dict[str, float] = json.loads(out.read_text())[str(subject)]["scores"]["validation"]
+    return found
+
+
+def test_a_head_that_numbers_its_classes_otherwise_is_read_by_their_names(place: Path, tmp_path: Path) -> None:
+    """The same head with its rows the other way round, and names in capitals, has the same scores."""
+    task = f"task={{name: classification, train: {place}/train.jsonl, validation: {place}/held-out.jsonl}}"
+    found = []
+    for names in ({0: "cold", 1: "warm"}, {0: "WARM", 1: "COLD"}):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(place / "bert", id2label=names)
+        if names[0] == "WARM":
+            with torch.no_grad():
+                model.classifier.weight.copy_(model.classifier.weight.flip(0))
+        folder = tmp_path / names[0]
+        model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(place / "bert").save_pretrained(folder)
+        found.append(scored(folder, tmp_path / "a.json", task))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_an_adapter_knows_the_order_of_its_classes(place: Path, tmp_path: Path) -> None:
+    """Trained with the classes in another order, it is scored by their names, not by their numbers."""
+    files = f"train: {place}/train.jsonl, validation: {place}/held-out.jsonl"
+    task = f"task={{name: classification, labels: [warm, cold], {files}}}"
+    words = [f"model.name={place}/bert", task, "method={name: lora}", "train.steps=20", "optim.lr=0.01", "dtype=fp32"]
+    assert call("finetune", *words, f"out={tmp_path}", "name=a") == 0
+    own = json.loads((tmp_path / "a" / "results.json").read_text())["scores"]["validation"]
+    adapter = ["--adapter", str(tmp_path / "a" / "adapter")]
+    sorted_task = f"task={{name: classification, {files}}}"
+    found = scored(place / "bert", tmp_path / "b.json", sorted_task, *adapter)
+    assert [found["accuracy"], found["loss"]] == pytest.approx([own["accuracy"], own["loss"]], rel=1e-5)
+
+
+def test_classes_that_a_head_does_not_have_are_refused(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {0: "warm", 1: "cold"}
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(place / "bert", id2label=names)
-    model.save_pretrained(tmp_path)
-    transformers.AutoTokenizer.from_pretrained(place / "bert").save_pretrained(tmp_path)
-    assert call("eval", str(tmp_path), f"task={{name: classification, train: {place}/train.jsonl}}") == 2
-    assert "set task.labels=[warm, cold]" in capsys.readouterr().err
+    other = write_rows(
+        tmp_path / "other.jsonl", [{"text": f"a {n}", "label": ["hot", "cold"][n % 2]} for n in range(30)]
+    )
+    adapter = ["--adapter", str(place / "run0" / "adapter")]
+    assert call("eval", str(place / "bert"), f"task={{name: classification, train: {other}}}", *adapter) == 2
+    assert "its classes are cold, hot, and those of the head of" in capsys.readouterr().err
+
+
+def test_runs_of_other_settings_are_no_seeds_of_each_other(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = f"{{name: classification, train: {place}/train.jsonl, validation: {place}/held-out.jsonl}}"
+    words = [f"model.name={place}/bert", f"task={task}", "method={name: lora}", "train.steps=6", "dtype=fp32"]
+    assert call("finetune", *words, f"out={place}", "name=faster", "optim.lr=0.01") == 0
+    capsys.readouterr()
+    assert call("eval", str(place / "run0"), str(place / "faster")) == 0
+    assert "±" not in capsys.readouterr().out
 
 
 def test_the_harness_gets_our_model(

@@ -84,13 +84,26 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(words: Any) -> No
         assert not data.learned[n][: len(prompt)].any()  # type: ignore[index]
 
 
-def test_an_answer_that_is_cut_away_leaves_nothing_to_learn(words: Any) -> None:
+def test_of_a_long_example_the_answer_and_the_end_of_the_source_stay(words: Any) -> None:
+    long = " ".join(sentences(4))
+    data = Encoder(words, "causal", 20)([Written(f"{long} Label:", ("cold",)), Written("the cat", ("y",))], "train")
+    assert data.notes == ["1 of 2 examples are longer than data.seq_len = 20 and are cut."]
+    ids, learned = data.ids[0], data.learned[0]  # type: ignore[index]
+    assert len(ids) == 20
+    assert words.decode(ids[learned]) == f"cold{words.eos_token}"
+    assert words.decode(ids[~learned]).endswith(" Label:\n")
+    asked = Encoder(words, "causal", 20).prompts([Written(f"{long} Label:", ("cold",))], 20 - int(learned.sum()))
+    assert asked[0] == ids[~learned].tolist()
+
+
+def test_a_chat_whose_answer_is_cut_away_leaves_nothing_to_learn(words: Any) -> None:
     long, short = " ".join(sentences(4)), "the cat"
-    data = Encoder(words, "causal", 20)([Written(long, (" x",)), Written(short, (" y",))], "train")
+    chats = [Chat((Message("user", text), Message("assistant", "y"))) for text in (long, short)]
+    data = Encoder(words, "causal", 60)(chats, "train")
     assert data.source.tolist() == [1]
-    assert data.notes[1] == "1 of 2 examples have no answer within data.seq_len and are left out."
+    assert data.notes[1] == "1 of 2 chats have no answer within data.seq_len and are left out."
     with pytest.raises(DataError, match="nothing is left of its 1 examples"):
-        Encoder(words, "causal", 20)([Written(long, (" x",))], "train")
+        Encoder(words, "causal", 60)(chats[:1], "train")
 
 
 def test_chats_are_learned_by_their_answers(words: Any) -> None:

@@ -55,7 +55,9 @@ def summary(found: Comparison) -> list[str]:
     if ranked:
         ranked.sort(key=lambda pair: -pair[1].mean if found.rising else pair[1].mean)
         row, spread = ranked[0]
-        lines.append(f"{row.entry.label} has the best {found.reported_name}: {spread.text()}.")
+        best = [one.entry.label for one, other in ranked if other.mean == spread.mean]
+        have = f"{best[0]} has" if len(best) == 1 else f"{', '.join(best[:-1])} and {best[-1]} share"
+        lines.append(f"{have} the best {found.reported_name}: {spread.text()}.")
         points = _points(found, lambda row: row.trainable)
         others = [point for point in front(points, found.rising) if point.name != row.entry.label]
         if others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -85,6 +86,10 @@ def find_base(base: str) -> Base:
         raise ConfigError(f"BASE: {folder / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
     model, adapter = folder / "model", folder / "adapter"
     if is_finetuning(tree):
+        if any(folder.glob("adapter/labels.json")) or _classifies(model):
+            raise ConfigError(
+                f"BASE: {base} is a run whose model classifies and writes nothing; score it: trimtab eval"
+            )
         if (model / "config.json").is_file():
             return Base(TaskModelConfig(name=str(model)))  # merged, or trained in full
         if adapter.is_dir():
@@ -99,6 +104,15 @@ def find_base(base: str) -> Base:
     raise ConfigError(
         f"BASE: {base} is a run that is not complete: it holds no model yet; go on with it by --resume {base}"
     )
+
+
+def _classifies(model: Path) -> bool:
+    """Whether a model folder holds one with a head for classes or values."""
+    try:
+        tree = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any("SequenceClassification" in str(name) for name in tree.get("architectures") or ())
 
 
 def _device(name: str) -> torch.device:

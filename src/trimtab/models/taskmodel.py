@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -28,6 +29,7 @@ from trimtab.finetuneconfig import DEFAULT_LENGTH, TaskModelConfig
 from trimtab.models.load import checkpoint_activations, load_with, read_config
 from trimtab.models.quantize import quantize
 from trimtab.models.quantized import load_quantized
+from trimtab.nn.virtual import position_limit
 from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Form
 from trimtab.tasks.encode import Reading
@@ -59,6 +61,11 @@ def reading_of(config: TaskModelConfig, hf: Any, form: Form) -> Reading:
     """
     family = family_of(hf)
     labelled = form in ("class", "number")
+    if labelled and config.head == "classes" and family == "pair":
+        raise ConfigError(
+            f"model.head = classes: {config.name} is a {hf.model_type}, an encoder-decoder model, which writes its "
+            "answers; set it to auto"
+        )
     if labelled and (config.head == "classes" or (config.head == "auto" and family == "encoder")):
         return "head"
     if family == "encoder":
@@ -231,7 +238,8 @@ def fitting_length(config: TaskModelConfig, hf: Any, tokenizer: Any, seq_len: in
             f"model.tokenizer: {config.tokenizer or config.name} has {len(tokenizer):,} tokens and {config.name} "
             f"embeddings for {words:,}; give the model's own tokenizer"
         )
-    positions = getattr(text, "max_position_embeddings", None)
+    with torch.device("meta"), quiet_libraries():  # some count positions from behind their padding
+        positions = position_limit(AutoModel.from_config(hf, trust_remote_code=False))
     if positions is None or positions <= 0:
         return seq_len or DEFAULT_LENGTH
     if seq_len is not None and positions < seq_len:

@@ -59,13 +59,14 @@ def loss_figure(run: RunFolder) -> str:
             f" {words.many(len(above), 'point')} above the axis, the highest {words.sig(max(above))}: "
             "the axis follows the run after its first twentieth."
         )
+    ended = "what was kept, over all examples" if run.command == "finetune" else "validation of the merged model"
     return chart(
         "Loss",
         [
             *curves,
             Series("", val_x, val_y, "val", "faint", hover=False, legend=False),
             Series("validation", val_x, val_y, "val", "dots"),
-            Series("validation of the merged model", end_x, end_y, "final", "ring"),
+            Series(ended, end_x, end_y, "final", "ring"),
         ],
         step_axis(run),
         Axis("loss" if run.command == "finetune" else "nats/token", low, high),

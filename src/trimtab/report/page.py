@@ -128,16 +128,18 @@ def _progress(run: RunFolder) -> str:
 
 
 def _loss_sentence(run: RunFolder) -> list[str]:
-    x, y = run.series("loss", run.evals)
+    tuned = run.command == "finetune"  # its last scores may be of an earlier step, over other examples
+    x, y = run.series("loss", [record for record in run.evals if not (tuned and record.get("final"))])
     if not len(y):
         return ["No validation loss was measured yet."]
     end = run.evals[-1]
-    merged = " of the merged model" if end.get("merged") else ""
+    merged = " of the merged model" if end.get("merged") and not tuned else ""
+    unit = "" if tuned else " nats/token"
     if len(y) == 1:
-        return [f"The validation loss{merged} is {words.sig(y[0])} nats/token."]
+        return [f"The validation loss{merged} is {words.sig(y[0])}{unit}."]
     verb = "fell" if y[-1] < y[0] else "rose" if y[-1] > y[0] else "stayed"
     began = f"{words.sig(y[0])} (step {x[0]:,.0f})"
-    return [f"The validation loss{merged} {verb} from {began} to {words.sig(y[-1])} nats/token."]
+    return [f"The validation loss{merged} {verb} from {began} to {words.sig(y[-1])}{unit}."]
 
 
 def _rank_sentence(spectrum: Spectrum) -> str:

@@ -257,6 +257,11 @@ class ExampleBatches:
         self._lengths = data.tokens
         self._epoch_of = functools.lru_cache(maxsize=2)(self._make_epoch)
 
+    def lay(self, collate: Collate, *, grouped: bool) -> None:
+        """Make tensors in another way from now on; which examples an epoch has stays."""
+        self.collate, self._grouped = collate, grouped
+        self._epoch_of.cache_clear()
+
     @property
     def per_epoch(self) -> int:
         """Steps of an epoch."""

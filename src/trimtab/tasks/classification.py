@@ -68,7 +68,7 @@ class Classification(LabelledFileTask):
             known = ", ".join(repr(one) for one in labels[:20]) + (", ..." if len(labels) > 20 else "")
             raise DataError(
                 f"{setting}: {item.where}: the label {name!r} is none of those known ({known}); {hint}"
-                "Mend the row, or list all labels in task.labels"
+                "mend the row, or list all labels in task.labels"
             )
         example: Labelled = item.value
         return example._replace(label=float(labels.index(name)))

@@ -11,6 +11,7 @@ Tokens are made once, before the first step, by the tokenizer's own threads, and
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -55,6 +56,35 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def select(self, rows: NDArray[np.int64]) -> Encoded:
+        """Some of the sequences."""
+
+        def some(ragged: Ragged | None) -> Ragged | None:
+            return None if ragged is None else Ragged.of([ragged[row] for row in rows], ragged.flat.dtype)
+
+        ids = some(self.ids)
+        assert ids is not None
+        return Encoded(
+            ids,
+            self.source[rows],
+            types=some(self.types),
+            learned=some(self.learned),
+            targets=some(self.targets),
+            labels=None if self.labels is None else self.labels[rows],
+            text_bytes=None if self.text_bytes is None else self.text_bytes[rows],
+        )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What tells two sets apart."""
+        found = hashlib.sha256()
+        for ragged in (self.ids, self.types, self.learned, self.targets):
+            if ragged is not None:
+                found.update(ragged.starts.tobytes() + ragged.flat.tobytes())
+        if self.labels is not None:
+            found.update(self.labels.tobytes())
+        return found.hexdigest()
 
     @functools.cached_property
     def tokens(self) -> NDArray[np.int64]:
@@ -117,10 +147,20 @@ class Encoder:
             )
         return found
 
-    def prompts(self, examples: Sequence[Written]) -> list[list[int]]:
-        """The tokens that a model goes on from when it writes an answer, the end cut off where they are too many."""
-        texts = [as_prompt(example.source) if self.reading == "causal" else example.source for example in examples]
-        return [ids[: self.seq_len] for ids in self._ids(texts, special=True, end=self.reading == "pair")]
+    def prompts(self, examples: Sequence[Written], most: int | None = None) -> list[list[int]]:
+        """The tokens that a model goes on from when it writes an answer.
+
+        Args:
+            examples: what is asked.
+            most: at most so many; None: `seq_len`. Of a longer prompt a causal model gets the end, where the question
+                stands, behind the token that begins a text; an encoder gets what it got in training.
+        """
+        room = min(self.seq_len, most or self.seq_len)
+        if self.reading == "pair":
+            return [self._shortened(ids) for ids in self._ids([e.source for e in examples], special=True, end=True)]
+        begin = 1 if _adds_beginning(self.tokenizer) else 0
+        found = self._ids([as_prompt(e.source) for e in examples], special=True)
+        return [ids if len(ids) <= room else _end_of(ids, room, begin) for ids in found]
 
     # -- the forms -----------------------------------------------------------------------------
 
@@ -150,19 +190,28 @@ class Encoder:
         prompts = self._ids([as_prompt(e.source) for e in examples], special=True)
         answers = self._ids([e.references[0] for e in examples], special=False)
         end = [self._end()]
-        pairs = [(p + a + end, [False] * len(p) + [True] * (len(a) + 1)) for p, a in zip(prompts, answers, strict=True)]
-        return self._causal(pairs, split, "examples")
+        begin = 1 if _adds_beginning(self.tokenizer) else 0
+        long = np.asarray([len(p) + len(a) + 1 > self.seq_len for p, a in zip(prompts, answers, strict=True)])
+        keep, notes = self._judge(long, split, "examples")
+        pairs = []
+        for p, a in zip(prompts, answers, strict=True):
+            room = max(self.seq_len - len(a) - 1, begin + 1)  # the answer stays, as far as it goes
+            p = p if len(p) <= room else _end_of(p, room, begin)
+            pairs.append((p + a + end, [False] * len(p) + [True] * (len(a) + 1)))
+        return self._causal(pairs, keep, notes, "examples")
 
     def _chats(self, examples: Sequence[Chat], split: str) -> Encoded:
         from trimtab.tasks.chattokens import ChatEncoder
 
         each = ChatEncoder(self.tokenizer).each([e.messages for e in examples])
-        return self._causal([(np.asarray(i, np.int32), np.asarray(flags, bool)) for i, flags in each], split, "chats")
+        pairs = [(np.asarray(i, np.int32), np.asarray(flags, bool)) for i, flags in each]
+        keep, notes = self._judge(np.asarray([len(ids) > self.seq_len for ids, _ in pairs]), split, "chats")
+        return self._causal(pairs, keep, notes, "chats")
 
-    def _causal(self, pairs: Sequence[tuple[Any, Any]], split: str, what: str) -> Encoded:
+    def _causal(
+        self, pairs: Sequence[tuple[Any, Any]], keep: NDArray[np.bool_], notes: list[str], what: str
+    ) -> Encoded:
         """Cut at `seq_len`, and leave out what has nothing to learn then."""
-        long = np.asarray([len(ids) > self.seq_len for ids, _ in pairs])
-        keep, notes = self._judge(long, split, what)
         cut = [(ids[: self.seq_len], learned[: self.seq_len]) for ids, learned in pairs]
         taught = np.asarray([True in learned[1:] for _, learned in cut])
         if mute := int((keep & ~taught).sum()):
@@ -264,6 +313,11 @@ class Encoder:
 def as_prompt(source: str) -> str:
     """A source as a causal model is given it: a line of its own, after which the answer begins."""
     return source if source.endswith("\n") else f"{source}\n"
+
+
+def _end_of(ids: list[int], room: int, begin: int) -> list[int]:
+    """The last of the tokens, where a question stands, behind the `begin` ones that begin every text."""
+    return [*ids[:begin], *ids[len(ids) - room + begin :]]
 
 
 def _parts(items: Sequence[Any]) -> list[list[Any]]:

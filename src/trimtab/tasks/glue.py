@@ -62,7 +62,8 @@ class GLUE(Task):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        beside = sorted(self.model_fields_set & {"dataset", "revision"})
+        defaults = type(self).model_fields  # a configuration that was written whole has them, too
+        beside = [key for key in ("dataset", "revision") if getattr(self, key) != defaults[key].default]
         if self.folder is not None and beside:
             raise ConfigError(f"folder = {self.folder!r} is read, so that {beside[0]} has no effect; drop one of them")
         return self

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trimtab.errors import CannotSave, CheckpointError, TrimtabError
+from trimtab.errors import CannotSave, CheckpointError, DataError, TrimtabError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.methods.base import Adapter
 from trimtab.report.page import write_report
@@ -26,6 +26,7 @@ from trimtab.train.folder import refuse_used_folder, replace_text, save_model, s
 from trimtab.train.material import Material, prepare
 from trimtab.train.metrics import RunLog, jsonable, require_tensorboard
 from trimtab.train.resume import continued
+from trimtab.train.score import LABELS
 from trimtab.train.scoring import Scores
 from trimtab.train.session import RunResult, Session, find_checkpoint, refuse_distributed, say
 
@@ -87,8 +88,15 @@ class _Run(Session[FinetuneConfig]):
         """The whole run, from the weights to the report."""
         config, material = self.config, self.material
         start = checkpoint.step if checkpoint else 0
+        if checkpoint and checkpoint.extra.get("data") != material.digest:
+            raise DataError(
+                "the examples of the task are not those that the run was computed on; restore the files it was made "
+                "from, or start a new run"
+            )
         batches, micro = material.batches, config.train.micro_batch
         model = material.model()
+        for fault in material.faults:
+            say(self.console, f"note: data.packing has no effect on {type(model).__name__}: {fault}")
         adapter, optimizer = self.attach(model, material.method, checkpoint)
         objective = material.objective(model)
         sample = next(iter(batches.batch(start).split(1))).to(self.device)
@@ -109,7 +117,7 @@ class _Run(Session[FinetuneConfig]):
         )
         best = Best(config.eval.patience)
         best.read_log(self.folder / "metrics.jsonl")
-        extra = {"cache_hidden": cached.place if cached else None}
+        extra = {"cache_hidden": cached.place if cached else None, "data": material.digest}
         saver = self.saver(model, adapter, optimizer, extra, checkpoint)
         saver.pinned = best.step
         log = self.open_log(checkpoint, stack)
@@ -189,7 +197,11 @@ class _Run(Session[FinetuneConfig]):
         self._write_results(scores, step, kept)
         self.note_peak()
         write_report(self.folder)
-        say(self.console, f"{config.task.name}: {scores.headline.name} {scores.headline.value:.4g} (step {kept})")
+        name = scores.headline.name
+        rest = [f"{split} {row[name]:.4g}" for split, row in list(scores.splits.items())[1:] if name in row]
+        first = next(iter(scores.splits))
+        told = ", ".join([f"{first} {scores.headline.value:.4g}", *rest])
+        say(self.console, f"{config.task.name}: {name} on {told} (step {kept})")
         say(self.console, "   ".join([*places, f"report: {self.folder / 'report.html'}"]))
         return FinetuneResult(self.folder, step, True, 0, scores=scores, best_step=kept)
 
@@ -201,6 +213,8 @@ class _Run(Session[FinetuneConfig]):
         if wanted != "merged" or not whole:
             try:
                 adapter.save(self.folder / "adapter")
+                if self.material.reading == "head" and self.material.loaded.labels:
+                    replace_text(self.folder / "adapter" / LABELS, json.dumps(list(self.material.loaded.labels)))
                 places.append(f"adapter: {self.folder / 'adapter'}")
                 if not whole and wanted != "adapter":
                     say(self.console, f"save = {wanted}: there is no merged model ({adapter.no_merge})")

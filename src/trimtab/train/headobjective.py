@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ class HeadObjective:
     Args:
         model: gives `logits` (n, classes), or (n, 1) for values.
         classes: how many classes there are; 0 for values, whose loss is the squared error.
+        order: of a head that numbers its classes in another way: for each class of the task, its number in the head.
     """
 
-    def __init__(self, model: nn.Module, classes: int) -> None:
-        self.model, self.classes = model, classes
+    def __init__(self, model: nn.Module, classes: int, order: Sequence[int] | None = None) -> None:
+        self.model, self.classes, self._order = model, classes, order
 
     def __call__(self, batch: Part) -> Tensor:
         """A scalar in fp32: cross entropies in nats, or squared errors."""
@@ -33,8 +35,8 @@ class HeadObjective:
 
     def logits(self, batch: Part) -> Tensor:
         """(n, classes) or (n, 1), in fp32."""
-        found: Tensor = self.model(**self.arguments(batch)).logits
-        return found.float()
+        found: Tensor = self.model(**self.arguments(batch)).logits.float()
+        return found if self._order is None else found[:, self._order]
 
     def arguments(self, batch: Part) -> dict[str, Any]:
         """What the model is called with."""

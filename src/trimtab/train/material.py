@@ -5,14 +5,16 @@ Whatever is wrong with the task, the tokenizer, the model's kind or the method i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import nn
 
-from trimtab.config import DTYPES, Misfit
+from trimtab.config import DTYPES, Misfit, given
 from trimtab.errors import CannotSave, ConfigError, DataError
 from trimtab.finetuneconfig import ExamplesConfig, FinetuneConfig, ScoreConfig
+from trimtab.loadconfig import unused_settings
 from trimtab.methods.base import Method
 from trimtab.methods.registry import attach
 from trimtab.models.load import read_config
@@ -24,13 +26,14 @@ from trimtab.models.taskmodel import (
     shadow_task_model,
     task_tokenizer,
 )
-from trimtab.tasks.base import Example, Loaded
+from trimtab.tasks.base import Example, Labelled, Loaded, Task
 from trimtab.tasks.batches import Collate, ExampleBatches, LayCausal, PadHead, PadPairs
 from trimtab.tasks.encode import Encoder, Reading
 from trimtab.train import randomstate
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.objective import Objective
-from trimtab.train.scoring import Scorer
+from trimtab.train.packed import packing_fault
+from trimtab.train.scoring import Scorer, as_written
 
 Config = TypeVar("Config", FinetuneConfig, ScoreConfig)
 
@@ -49,6 +52,7 @@ class Material:
         batches: of the training split.
         scorer: of the other splits.
         notes: what a user should know, one sentence each.
+        faults: why examples are not packed that were to be; known once there is a model.
         exact: tensors of the model that are held in all their bits, those that train; None is all of them, for a method
             that writes into the others later.
     """
@@ -62,6 +66,7 @@ class Material:
     batches: ExampleBatches
     scorer: Scorer
     notes: list[str]
+    faults: list[str] = field(default_factory=list)
     exact: frozenset[str] | None = None
 
     def model(self) -> Any:
@@ -73,6 +78,7 @@ class Material:
         config, dtype = self.config, DTYPES[self.config.dtype]
         randomstate.seed_all(config.seed)
         model, _ = build_task_model(config.model, self.reading, self.settings, config.seed, dtype)
+        self._keep_apart(model)
         if self.exact is not None:
             for name, parameter in model.named_parameters():
                 if name not in self.exact and parameter.is_floating_point():
@@ -80,6 +86,23 @@ class Material:
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
+
+    def _keep_apart(self, model: Any) -> None:
+        """Pad examples, where the model would let packed ones see each other."""
+        collate = self.batches.collate
+        if not isinstance(collate, LayCausal) or not collate.packing:
+            return
+        if fault := packing_fault(model, collate, self.batches.data):
+            self.faults.append(fault)
+            padded = replace(collate, packing=False)
+            self.batches.lay(padded, grouped=self.config.data.group_by_length)
+            self.scorer.collate = padded
+
+    @property
+    def digest(self) -> str:
+        """What tells the tokens of two tasks apart."""
+        parts = [self.batches.data, *self.scorer.encoded.values()]
+        return hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
 
     def objective(self, model: nn.Module) -> Objective | HeadObjective:
         """The loss of a model on this task."""
@@ -94,8 +117,9 @@ def prepare(config: FinetuneConfig) -> Material:
     Raises:
         TrimtabError: what is wrong, in one line.
     """
+    given_by_user = config
     config, hf, reading, tokenizer = open_parts(config)
-    loaded = config.task.load(config.seed)
+    loaded = config.task.load()  # runs with other seeds are scored on the same examples
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
     method = config.method.for_finetuning(config.seed, new_head=reading == "head")
     trained = _check_method(config, method, shadow_task_model(config.model, hf, reading, settings))
@@ -110,21 +134,26 @@ def prepare(config: FinetuneConfig) -> Material:
             "read again; set data.packing=false",
         )
     train: list[Example] = list(loaded.splits["train"])
+    written = as_written(config.task, reading, loaded, train)
+    encoded = encoder(written, "train")
+    if reading != "head" and config.task.form in ("class", "number", "text"):
+        _check_words(config.task, loaded, tokenizer)
+        longest = config.task.decoding.get("max_new_tokens", int(encoded.due.max()))
+        if config.eval.max_new_tokens is None:  # in the run's folder it stands, so that others score alike
+            config = config.model_copy(update={"eval": config.eval.model_copy(update={"max_new_tokens": int(longest)})})
     scorer = Scorer(config.task, loaded, reading, encoder, collate, config.eval)
-    encoded = encoder(scorer.as_written(train), "train")
-    scorer.longest_answer = int(encoded.due.max()) if reading != "head" else 0
     laid = collate
     if isinstance(collate, LayCausal) and config.train.cache_hidden is not None:
         laid = replace(collate, masked=True)  # which positions hold tokens is part of what is stored
     grouped = config.data.group_by_length and not packed
     batches = ExampleBatches(encoded, laid, config.train.batch, config.seed, grouped=grouped)
-    notes = [*loaded.notes, *(f"split train: {note}" for note in encoded.notes)]
-    skipped = [f"{count} of {split}" for split, count in loaded.skipped.items() if count]
-    if skipped:
-        notes.append(f"task.skip_bad_rows: rows passed over: {', '.join(skipped)}.")
     full = config.resolved(batches.per_epoch)
+    notes = [*loaded.notes, *(f"split train: {note}" for note in encoded.notes), *scorer.notes]
+    notes += [*unused_settings(full), *_idle(given_by_user, reading, len(encoded))]
+    if skipped := [f"{count} of {split}" for split, count in loaded.skipped.items() if count]:
+        notes.append(f"task.skip_bad_rows: rows passed over: {', '.join(skipped)}.")
     exact = None if full.restarts() or method.switch_step else trained
-    return Material(full, method, loaded, tokenizer, reading, settings, batches, scorer, notes, exact)
+    return Material(full, method, loaded, tokenizer, reading, settings, batches, scorer, notes, exact=exact)
 
 
 def open_parts(config: Config) -> tuple[Config, Any, Reading, Any]:
@@ -153,6 +182,46 @@ def collate_for(reading: Reading, tokenizer: Any, hf: Any, name: str, data: Exam
     if start is None:
         raise ConfigError(f"model.name: the config of {name} has no decoder_start_token_id, its decoder's first token")
     return PadPairs(pad, int(start))
+
+
+def _idle(config: FinetuneConfig, reading: Reading, examples: int) -> list[str]:
+    """Settings that were given and have no effect on this task with this model, a line each."""
+    notes = []
+    writes = reading != "head" and config.task.form in ("class", "number", "text")
+    if not writes:
+        why = "has no effect: the model writes no answers"
+        notes += [f"eval.{key} {why}" for key in given(config.eval, "beams", "max_new_tokens")]
+        if "prompt" in type(config.task).model_fields:
+            notes += [f"task.{key} {why}" for key in given(config.task, "prompt")]
+    if type(config.task).headline is Task.headline:
+        why = f"has no effect: the task {config.task.name} is reported in one way"
+        notes += [f"eval.{key} {why}" for key in given(config.eval, "report")]
+    if reading != "causal":
+        notes += [f"data.{key} has no effect: only causal models are packed" for key in given(config.data, "packing")]
+    elif config.data.packing:
+        notes += [f"data.{key} has no effect: data.packing is on" for key in given(config.data, "group_by_length")]
+    if config.train.batch > examples:
+        notes.append(
+            f"train.batch = {config.train.batch} is more than the {examples} examples, which are all of a step"
+        )
+    return notes
+
+
+def _check_words(task: Task, loaded: Loaded, tokenizer: Any) -> None:
+    """See that the tokenizer can write the words of the labels.
+
+    Raises:
+        DataError: it cannot.
+    """
+    for number, name in enumerate(loaded.labels):
+        (word,) = task.as_text(Labelled("", "", float(number)), loaded.labels).references
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        back = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if back != word.strip():
+            raise DataError(
+                f"task: the label {name!r} would be written as {word!r}, of which the tokenizer keeps {back!r}; rename "
+                "it, or put a head on the model with model.head=classes"
+            )
 
 
 def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> frozenset[str]:

@@ -103,7 +103,16 @@ class Objective:
                     "no decoder_input_ids: give it the labels shifted to the right"
                 )
         given = ((name, getattr(batch, name, None)) for name in names)
-        return arguments | {name: value for name, value in given if value is not None}
+        arguments |= {name: value for name, value in given if value is not None}
+        mask = arguments.get("attention_mask")
+        if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool and self._adds_masks():
+            least = torch.finfo(self.model.dtype).min
+            arguments["attention_mask"] = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, least)
+        return arguments
+
+    def _adds_masks(self) -> bool:
+        """Whether the model's attention adds a mask to the scores, to which True would be 1."""
+        return getattr(getattr(self.model, "config", None), "_attn_implementation", None) == "eager"
 
     def check(self, batch: Scored) -> None:
         """Compare the chunked loss with the model's own logits on the first tokens of a batch.

@@ -16,7 +16,8 @@ Config = TypeVar("Config", bound=RunConfig)
 #: Settings (or whole sections) that may change: they touch the future alone, or nothing that is computed.
 FREE = (
     "optim.lr", "optim.warm_start_lr", "schedule.floor", "train.steps", "train.stop_at",
-    "eval", "checkpoint", "log", "save", "data.workers", "data.store",
+    "eval.every", "eval.batch", "eval.tokens", "eval.final_tokens", "eval.patience",
+    "checkpoint", "log", "save", "data.workers", "data.store",
 )  # fmt: skip
 
 #: Settings that change how the same numbers are computed: the continuation is right, but no longer bit for bit.

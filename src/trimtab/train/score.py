@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from trimtab.config import DTYPES
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.finetuneconfig import FinetuneConfig, ScoreConfig, is_finetuning
+from trimtab.loadconfig import load_tree
 from trimtab.methods.registry import load_adapter
 from trimtab.models.taskmodel import build_task_model, head_settings
 from trimtab.tasks.base import Loaded
@@ -21,6 +23,9 @@ from trimtab.train.objective import Objective
 from trimtab.train.scoring import Scorer, Scores
 from trimtab.train.session import device_of
 
+#: Beside an adapter with a head: the names of its classes, in the order of their numbers.
+LABELS = "labels.json"
+
 
 def score(config: ScoreConfig) -> Scores:
     """Score a model as `config` says; nothing is written.
@@ -29,18 +34,17 @@ def score(config: ScoreConfig) -> Scores:
         TrimtabError: whatever a user can mend, in one line.
     """
     config, hf, reading, tokenizer = open_parts(config)
-    loaded = config.task.load(config.seed, training=False)
+    loaded = config.task.load(training=False)
     if not loaded.scored:
         raise ConfigError("task: there is no split to score; give task.validation or task.test")
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
-    if reading == "head":
-        _check_labels(config, hf, loaded)
+    order = head_order(config, hf, loaded) if reading == "head" and loaded.labels else None
     model = _model(config, reading, settings)
     encoder = Encoder(tokenizer, reading, config.data.length, config.data.too_long)
     collate = collate_for(reading, tokenizer, hf, config.model.name, config.data)
     scorer = Scorer(config.task, loaded, reading, encoder, collate, config.eval)
     objective = (
-        HeadObjective(model, len(loaded.labels))
+        HeadObjective(model, len(loaded.labels), order)
         if reading == "head"
         else Objective(model, config.loss.chunked, config.loss.chunk)
     )
@@ -63,15 +67,7 @@ def of_run(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder is no finished fine-tuning run.
     """
-    try:
-        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{folder}: its config.yaml cannot be read: {error}") from None
-    if not is_finetuning(tree):
-        raise CheckpointError(
-            f"{folder} is a run of `trimtab pretrain`; name its model, {folder / 'model'}, and a task"
-        )
-    config = FinetuneConfig.model_validate(tree)
+    config = run_config(folder)
     model, adapter = config.model.model_dump(mode="json"), folder / "adapter"
     if not adapter.is_dir():
         if not (folder / "model").is_dir():
@@ -80,7 +76,27 @@ def of_run(folder: Path) -> dict[str, Any]:
     kept = ("task", "data", "loss", "eval", "device", "dtype", "seed")
     dumped = config.model_dump(mode="json")
     found: dict[str, Any] = {key: dumped[key] for key in kept}
+    found["eval"]["examples"] = None  # that is for evaluations while training
     return found | {"model": model, "adapter": str(adapter) if adapter.is_dir() else None}
+
+
+def run_config(folder: Path) -> FinetuneConfig:
+    """The configuration in the folder of a fine-tuning run.
+
+    Raises:
+        CheckpointError: it is none.
+        ConfigError: its configuration cannot be used.
+    """
+    path = folder / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not is_finetuning(tree):
+        raise CheckpointError(
+            f"{folder} is a run of `trimtab pretrain`; name its model, {folder / 'model'}, and a task"
+        )
+    return load_tree(FinetuneConfig, path)
 
 
 def _model(config: ScoreConfig, reading: Reading, settings: dict[str, Any]) -> nn.Module:
@@ -110,13 +126,37 @@ def _model(config: ScoreConfig, reading: Reading, settings: dict[str, Any]) -> n
     return found
 
 
-def _check_labels(config: ScoreConfig, hf: Any, loaded: Loaded) -> None:
-    """A head whose classes have names must number them as the task does."""
-    named = [str(name) for _, name in sorted((getattr(hf, "id2label", None) or {}).items())]
-    if not loaded.labels or all(name.startswith("LABEL_") for name in named):
-        return
-    if set(named) == set(loaded.labels) and tuple(named) != tuple(loaded.labels):
-        raise ConfigError(
-            f"model.name: the head of {config.model.name} numbers its classes as {', '.join(named)}, and the task as "
-            f"{', '.join(loaded.labels)}; set task.labels=[{', '.join(named)}]"
-        )
+def head_order(config: ScoreConfig, hf: Any, loaded: Loaded) -> list[int] | None:
+    """For each class of the task its number in the head, by their names; None where the head has no names.
+
+    Raises:
+        ConfigError: the two have other names.
+    """
+    if config.adapter is not None:
+        where, names = str(config.adapter), adapter_labels(config.adapter)
+    else:
+        where, names = config.model.name, [str(n) for _, n in sorted((getattr(hf, "id2label", None) or {}).items())]
+    if names is None or all(name.startswith("LABEL_") for name in names):
+        return None
+    known = {name.casefold(): number for number, name in enumerate(names)}
+    wanted = [name.casefold() for name in loaded.labels]
+    if sorted(known) == sorted(wanted):
+        return [known[name] for name in wanted]
+    raise ConfigError(
+        f"task: its classes are {', '.join(loaded.labels)}, and those of the head of {where} are {', '.join(names)}; "
+        "give files with these, or list them in task.labels"
+    )
+
+
+def adapter_labels(adapter: Path) -> list[str] | None:
+    """The classes that a run's adapter was trained for, in the order of its head; None where it does not say."""
+    path = adapter / LABELS
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path} is no list of names")
+    return names

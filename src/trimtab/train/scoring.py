@@ -11,11 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from trimtab.finetuneconfig import TaskEvalConfig
 from trimtab.methods.attached import adapters
+from trimtab.nn.virtual import position_limit
 from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Example, Headline, Labelled, Loaded, Prediction, Task, Written
 from trimtab.tasks.batches import Collate, Part, in_order
@@ -61,7 +64,13 @@ class Scorer:
         encoder: makes their tokens.
         collate: makes tensors of them.
         options: how many at once, and how answers are searched.
-        longest_answer: tokens of the longest answer in training; 0 where that is not known.
+
+    Attributes:
+        encoded: by split, its tokens.
+        notes: what was cut or passed over, one sentence each.
+
+    Raises:
+        DataError: a split cannot be scored: all of it is too long, say.
     """
 
     def __init__(
@@ -72,13 +81,15 @@ class Scorer:
         encoder: Encoder,
         collate: Collate,
         options: TaskEvalConfig,
-        longest_answer: int = 0,
     ) -> None:
         self.task, self.loaded, self.reading = task, loaded, reading
         self.encoder, self.collate, self.options = encoder, collate, options
-        self.longest_answer = longest_answer
         self._examples = {split: known_answers(loaded.splits[split]) for split in loaded.scored}
-        self._encoded: dict[tuple[str, int], Encoded] = {}
+        self.encoded = {
+            split: encoder(as_written(task, reading, loaded, examples), split)
+            for split, examples in self._examples.items()
+        }
+        self.notes = [f"split {split}: {note}" for split, data in self.encoded.items() for note in data.notes]
 
     def __call__(
         self, model: nn.Module, objective: Callable[[Part], Tensor], *, examples: int | None = None, final: bool = True
@@ -98,7 +109,9 @@ class Scorer:
                 if split == "test" and not final and len(self._examples) > 1:
                     continue
                 chosen = every[:examples]
-                data = self._encode(split, chosen)
+                data = self.encoded[split]
+                if len(chosen) < len(every):
+                    data = data.select(np.flatnonzero(data.source < len(chosen)))
                 found = self._loss(model, objective, data)
                 if self.reading == "head":
                     assert isinstance(objective, HeadObjective)
@@ -107,21 +120,12 @@ class Scorer:
                 elif self.task.form in ("class", "number", "text"):
                     written = self._write(model, chosen)
                     answers[split] = written
-                    found = {**self.task.score(split, self._read(written), chosen), **found}
+                    read = self._read(written)
+                    found = {**self.task.score(split, read, chosen), **found}
+                    if self.task.form != "text":  # each counts as wrong, which a score alone does not tell
+                        found["unreadable"] = sum(answer is None for answer in read) / len(read)
                 splits[split] = found
         return Scores(splits, self.task.headline(splits, self.options.report), answers)
-
-    def as_written(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """Labelled examples in their text form, where the model writes; others as they are."""
-        if self.reading == "head" or self.task.form not in ("class", "number"):
-            return examples
-        return [self.task.as_text(e, self.loaded.labels) for e in examples if isinstance(e, Labelled)]
-
-    def _encode(self, split: str, examples: Sequence[Example]) -> Encoded:
-        key = (split, len(examples))
-        if key not in self._encoded:
-            self._encoded[key] = self.encoder(self.as_written(examples), split)
-        return self._encoded[key]
 
     def _loss(self, model: nn.Module, objective: Callable[[Part], Tensor], data: Encoded) -> dict[str, float]:
         device = next(model.parameters()).device
@@ -149,14 +153,15 @@ class Scorer:
 
     def _write(self, model: Any, examples: Sequence[Example]) -> list[str]:
         """What the model writes for each example, in their order."""
-        sources = [e for e in self.as_written(examples) if isinstance(e, Written)]
-        prompts = self.encoder.prompts(sources)
-        longest = self.options.max_new_tokens or self.longest_answer or _LONGEST_ANSWER
-        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": longest, **self.task.decoding}
+        asked = as_written(self.task, self.reading, self.loaded, examples)
+        settings: dict[str, Any] = {"max_new_tokens": _LONGEST_ANSWER, **self.task.decoding}
         if self.options.beams is not None:
             settings["num_beams"] = self.options.beams
         if self.options.max_new_tokens is not None:
             settings["max_new_tokens"] = self.options.max_new_tokens
+        limit = position_limit(model)
+        most = None if limit is None else max(limit - int(settings["max_new_tokens"]), 1)
+        prompts = self.encoder.prompts([e for e in asked if isinstance(e, Written)], most)
         order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
         written = [""] * len(prompts)
         for start in range(0, len(order), self.options.batch):
@@ -174,15 +179,31 @@ class Scorer:
             # A causal model goes on from the right end; an encoder is read from the left.
             place = slice(width - len(prompt), width) if self.reading == "causal" else slice(0, len(prompt))
             ids[n, place], mask[n, place] = torch.tensor(prompt), 1
-        with quiet_libraries():
-            out = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                use_cache=not any(adapter.no_cache for adapter in adapters(model).values()),
-                **{"temperature": None, "top_p": None, "top_k": None, **settings},
-            )
+        settings = dict(settings)
+        processors = LogitsProcessorList()
+        if self.reading == "causal" and (n := settings.pop("no_repeat_ngram_size", 0)):
+            processors.append(_NoRepeatInAnswer(n, width))
+        # Nothing of the checkpoint's own way to write: a task's scores are comparable between checkpoints.
+        config = GenerationConfig(
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+            use_cache=not any(adapter.no_cache for adapter in adapters(model).values()),
+            **settings,
+        )
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            with quiet_libraries():
+                out = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=config,
+                    logits_processor=processors,
+                )
+        finally:
+            model.generation_config = own
         new = out[:, width:] if self.reading == "causal" else out
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -193,6 +214,25 @@ class Scorer:
         return [self.task.read_answer(text, self.loaded.labels) for text in written]
 
 
+class _NoRepeatInAnswer(NoRepeatNGramLogitsProcessor):
+    """Lets an answer repeat what stands in the prompt, but not itself: attributes have to be named as they are."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__(size)
+        self._width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        found: Tensor = super().__call__(input_ids[:, self._width :], scores)
+        return found
+
+
 def known_answers(examples: Sequence[Example]) -> list[Example]:
     """Without those whose label is kept secret."""
     return [e for e in examples if not (isinstance(e, Labelled) and e.label is None)]
+
+
+def as_written(task: Task, reading: Reading, loaded: Loaded, examples: Sequence[Example]) -> Sequence[Example]:
+    """Labelled examples in their text form, where the model writes; others as they are."""
+    if reading == "head" or task.form not in ("class", "number"):
+        return examples
+    return [task.as_text(e, loaded.labels) for e in examples if isinstance(e, Labelled)]
