@@ -123,6 +123,7 @@ def logged(path: Path, console: Console, every: int, last: int) -> list[dict[str
                     "loss": 2.0,
                     "lr": 1e-3,
                     "batch_tokens": 100,
+                    "tokens": step * 100,
                     "seconds": 0.5,
                     "epoch": 0.0,
                 }
