@@ -103,7 +103,7 @@ def test_costs_and_times_are_printed(
     assert "smollm2: a stand-in" in printed
     costs, times = rows_of(printed, "peak live MiB"), rows_of(printed, "mean loss")
     assert tuple(costs) == tuple(times) == rows
-    assert float(costs[sides.OURS]["peak live MiB"]) < 0.6 * float(costs[sides.THEIRS]["peak live MiB"])
+    assert float(costs[sides.OURS]["peak live MiB"]) < 0.8 * float(costs[sides.THEIRS]["peak live MiB"])
     padding = [float(costs[row]["padding, %"]) for row in rows]
     assert max(padding[1:]) < padding[0]
     assert len({line["trained, K"] for line in costs.values()}) == 1
