@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from beside_parts import config_for
 from families_for_tests import FAMILIES, batch_for
 from models_for_tests import tiny_llama, tiny_t5, token_ids
 from torch import Tensor, nn
@@ -28,19 +29,13 @@ def plain(family: str) -> Any:
     return model
 
 
-def method_for(name: str, family: str) -> trimtab.methods.Method:
-    if name == "ladder":
-        return trimtab.Ladder(reduction=4)
-    return trimtab.READ(size=8, blocks=("albert_layer_groups",) if family == "albert" else None)
-
-
 @pytest.mark.parametrize(
     ("name", "family"), [*(("read", one) for one in FAMILIES), ("ladder", "gpt2"), ("ladder", "t5")]
 )
 def test_hidden_states_and_attentions_are_those_of_the_plain_model(name: str, family: str) -> None:
     batch, model = batch_for(family), plain(family)
     wanted = handed_out(plain(family), batch)
-    trimtab.attach(model, method_for(name, family))
+    trimtab.attach(model, config_for(name, family))
     model.train().eval()
     found = handed_out(model, batch)
     assert wanted and list(found) == list(wanted)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from beside_parts import config_for
 from families_for_tests import ENCODERS, FAMILIES, PAIRS, Batch, batch_for
 from models_for_tests import token_ids
 from torch import Tensor, nn
@@ -22,9 +23,7 @@ PACKING = ["llama", "qwen2", "gpt2", "gpt_neox"]
 def beside(family: str, method: str) -> nn.Module:
     """A model whose network beside it says something of its own, of all tensors of which nothing is zero."""
     model = FAMILIES[family]()
-    named = {"blocks": ("albert_layer_groups",)} if family == "albert" else {}
-    config = trimtab.READ(size=8, **named) if method == "read" else trimtab.Ladder(reduction=4)
-    adapter = trimtab.attach(model, config)
+    adapter = trimtab.attach(model, config_for(method, family))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for entry in adapter.trainable():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families_for_tests import bart, batch_for, gpt_neox
-from models_for_tests import logits, tiny_bert, tiny_gpt2, tiny_llama, tiny_mlp, tiny_t5, token_ids, train
+from beside_parts import shaken, trained_llama
+from families_for_tests import batch_for
+from models_for_tests import logits, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaModel, StaticCache, T5Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -24,25 +23,6 @@ NARROW = {
     "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 2,
     "max_position_embeddings": 64, "vocab_size": 1,
 }  # fmt: skip
-
-
-def optimizer_for(adapter: trimtab.Adapter) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(adapter.parameter_groups(lr=1e-2))
-
-
-def shaken(adapter: trimtab.Adapter, seed: int = 7) -> None:
-    """Move every tensor, so that nothing is zero, and no gate one half."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter.own().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
-
-
-def trained_llama(**settings: Any) -> tuple[nn.Module, trimtab.Adapter]:
-    model = tiny_llama()
-    adapter = trimtab.attach(model, Ladder(reduction=4, **settings))
-    train(model, adapter, optimizer_for(adapter), range(1, 5))
-    return model, adapter
 
 
 def left_padded() -> dict[str, Tensor]:
@@ -178,29 +158,6 @@ def test_what_a_block_keeps_for_the_backward_is_counted() -> None:
     assert each(trimtab.READ(size=8)) < ladder < 0.5 * each(None)
 
 
-def test_gradients_are_right_in_float64() -> None:
-    """Of every tensor of both side networks of an encoder-decoder, against differences of the loss."""
-    model = bart().double()
-    adapter = trimtab.attach(model, Ladder(reduction=4, temperature=1.0))
-    shaken(adapter)
-    batch = batch_for("bart", rows=2)
-    model(**batch).loss.backward()
-    generator = torch.Generator().manual_seed(0)
-    for entry in adapter.trainable():
-        direction = torch.randn(entry.parameter.shape, generator=generator, dtype=torch.float64)
-        losses = []
-        for step in (1e-5, -1e-5):
-            with torch.no_grad():
-                entry.parameter.add_(direction, alpha=step)
-                losses.append(float(model(**batch).loss))
-                entry.parameter.sub_(direction, alpha=step)
-        assert entry.parameter.grad is not None
-        slope = float((entry.parameter.grad * direction).sum())
-        assert slope == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4, abs=1e-8), entry.name
-        # Keys may be moved by a constant without effect, and so may all that a softmax does not see.
-        assert slope != 0.0 or "k_proj.bias" in entry.name, entry.name
-
-
 @pytest.mark.parametrize(("first", "then"), [("eager", "sdpa"), ("sdpa", "eager")])
 def test_the_attention_is_the_models_also_when_it_is_changed_later(first: str, then: str) -> None:
     """BERT's masks are of another kind for each implementation, and the side network gets the model's."""
@@ -286,44 +243,6 @@ def test_a_seed_draws_the_same_network_again() -> None:
     assert not all(map(torch.equal, drawn(3), drawn(4)))
 
 
-def test_a_copied_model_has_a_side_network_of_its_own() -> None:
-    model, _adapter = trained_llama()
-    ids = token_ids()
-    model(input_ids=ids, labels=ids).loss.backward()
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(twin, ids), logits(model, ids))
-    with torch.no_grad():
-        next(p for n, p in twin.named_parameters() if n.endswith("up.bias")).add_(1.0)
-    assert not torch.equal(logits(twin, ids), logits(model, ids))
-    pair = bart()
-    trimtab.attach(pair, Ladder(reduction=4))
-    pair(**batch_for("bart")).loss.backward()
-    copy.deepcopy(pair)(**batch_for("bart")).loss.backward()
-
-
-def test_a_file_of_another_base_is_refused(tmp_path: Path) -> None:
-    _model, adapter = trained_llama(layers=(1,), init="drawn")
-    adapter.save(tmp_path)
-    other = tiny_llama(seed=5)
-    with pytest.raises(trimtab.CheckpointError, match="another base"):
-        trimtab.load_adapter(other, tmp_path)
-    assert torch.equal(logits(other, token_ids()), logits(tiny_llama(seed=5), token_ids()))
-    loaded = trimtab.load_adapter(tiny_llama(), tmp_path)
-    assert loaded.config.layers == (1,) and loaded.config.init == "drawn"
-
-
-def test_encoder_outputs_of_another_input_are_refused() -> None:
-    model = tiny_t5()
-    shaken(trimtab.attach(model, Ladder(reduction=4)))
-    batch = batch_for("t5")
-    own = model.get_encoder()(input_ids=batch["input_ids"])
-    answer = model(encoder_outputs=own, labels=batch["labels"]).logits
-    torch.testing.assert_close(answer, model(input_ids=batch["input_ids"], labels=batch["labels"]).logits)
-    own.last_hidden_state = own.last_hidden_state.detach() + 1
-    with pytest.raises(trimtab.ConfigError, match="run the encoder again with the adapter at work"):
-        model(encoder_outputs=own, labels=batch["labels"])
-
-
 def test_states_of_another_model_are_refused() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -334,35 +253,10 @@ def test_states_of_another_model_are_refused() -> None:
 
 
 def test_a_cache_is_refused_as_soon_as_it_would_matter() -> None:
-    model, _ = trained_llama()
+    model, _ = trained_llama(Ladder(reduction=4))
     ids = token_ids(rows=1)
     out = model(input_ids=ids)  # makes a cache, as models do unasked
     with pytest.raises(trimtab.ConfigError, match="use_cache=False"):
         model(input_ids=ids[:, :1], past_key_values=out.past_key_values)
     with pytest.raises(trimtab.ConfigError, match="use_cache=False"):
         model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
-
-
-BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "odd width": (tiny_llama, {"reduction": 3}, "reduction=3: hidden_size = 32 of LlamaConfig is no multiple of it"),
-    "heads": (tiny_gpt2, {"reduction": 16}, "reduction=16: n_embd = 32 .* is 2, which n_head = 4 heads cannot share"),
-    "rotated heads": (gpt_neox, {"reduction": 4}, "heads that can be rotated cannot share"),
-    "no such layer": (tiny_llama, {"layers": (0, 2)}, "model.layers has no block 2; its blocks are 0 to 1"),
-    "no order": (tiny_llama, {"layers": (1, 0)}, "layers = .*in rising order"),
-    "no layer": (tiny_llama, {"layers": ()}, "layers = .*to keep"),
-    "temperature": (tiny_llama, {"temperature": 0.0}, "temperature"),
-    "init": (tiny_llama, {"init": "fisher"}, "init"),
-    "inner norms": (tiny_llama, {"train_also": ("norms",)}, "which Ladder never computes"),
-    "no blocks": (tiny_mlp, {}, "has no list of blocks that could be found"),
-}
-
-
-@pytest.mark.parametrize(("make", "settings", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_settings_are_named_and_the_model_is_left_alone(make: Any, settings: dict[str, Any], message: str) -> None:
-    model = make()
-    before, training = list(model.state_dict()), [module.training for module in model.modules()]
-    with pytest.raises(trimtab.ConfigError, match=message):
-        trimtab.attach(model, {"name": "ladder", **settings})
-    assert list(model.state_dict()) == before
-    assert [module.training for module in model.modules()] == training
-    assert all(parameter.requires_grad for parameter in model.parameters())
