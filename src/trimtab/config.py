@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 
 from trimtab.errors import ConfigError
-from trimtab.methods import MethodField
+from trimtab.methods import Method, MethodField
 from trimtab.optim.schedule import Schedule
 from trimtab.settings import HubSource, Settings
 
@@ -282,7 +282,7 @@ class PretrainConfig(RunConfig):
         """What no section can see alone. A wrong pair is refused here, before any work is done."""
         if self.name == "tokens":
             raise Misfit("name", "'tokens' is the folder of the token stores beside the runs; take another name")
-        train, method, seq_len = self.train, self.method, self.data.seq_len
+        train, seq_len = self.train, self.data.seq_len
         sequences, rest = divmod(train.batch_tokens, seq_len)
         if rest or not sequences:
             whole = " or ".join(str(n * seq_len) for n in (sequences, sequences + 1) if n)
@@ -298,11 +298,7 @@ class PretrainConfig(RunConfig):
                 f"{train.micro_batch} does not divide the {sequences} sequences of a step "
                 f"(train.batch_tokens / data.seq_len); the nearest that does is {near}",
             )
-        if train.cache_hidden is not None and (why := method.no_hidden_cache):
-            raise Misfit(
-                "train.cache_hidden",
-                f"{train.cache_hidden}: hidden states cannot be kept for the method {method.name}: {why}; leave it out",
-            )
+        check_cacheable(train.cache_hidden, self.method)
         self.check_method()
         return self
 
@@ -321,6 +317,19 @@ def given(section: BaseModel, *keys: str) -> list[str]:
     """Those of the keys that differ from their defaults."""
     fields = type(section).model_fields
     return [key for key in keys if getattr(section, key) != fields[key].default]
+
+
+def check_cacheable(folder: Path | None, method: Method) -> None:
+    """Refuse a folder for hidden states with a method that has none to keep.
+
+    Raises:
+        Misfit: it has none.
+    """
+    if folder is not None and (why := method.no_hidden_cache):
+        raise Misfit(
+            "train.cache_hidden",
+            f"{folder}: hidden states cannot be kept for the method {method.name}: {why}; leave it out",
+        )
 
 
 def unused_storage(train: BaseModel) -> list[str]:

@@ -16,6 +16,7 @@ from trimtab.config import (
     RunConfig,
     ScheduleConfig,
     Storage,
+    check_cacheable,
     rounding,
     unused_storage,
 )
@@ -167,12 +168,7 @@ class FinetuneConfig(RunConfig):
                 f"{self.eval.patience} stops some evaluations after the best, and eval.keep_best = false would keep "
                 "what came after it; set keep_best to true",
             )
-        if train.cache_hidden is not None and (why := self.method.no_hidden_cache):
-            raise Misfit(
-                "train.cache_hidden",
-                f"{train.cache_hidden}: hidden states cannot be kept for the method {self.method.name}: {why}; leave "
-                "it out",
-            )
+        check_cacheable(train.cache_hidden, self.method)
         if train.steps is not None:
             self.check_method()
         return self

@@ -11,51 +11,55 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from trimtab.config import PretrainConfig
+from trimtab.config import PretrainConfig, TrainConfig
 from trimtab.data.batches import Batch, TrainBatches
 from trimtab.errors import CheckpointError, ConfigError
+from trimtab.finetuneconfig import FinetuneConfig, TaskTrainConfig
 from trimtab.methods.base import Adapter
+from trimtab.train.checkpoint import Checkpoint
 from trimtab.train.hidden import HiddenCache
 from trimtab.train.hidden.identity import bytes_of_tokens, check_outline
 from trimtab.train.hidden.store import DATA, RESERVE, look_into
 from trimtab.train.memory import size_text
 
+Config = TypeVar("Config", bound=PretrainConfig | FinetuneConfig)
+Batches = TypeVar("Batches")
+
 
 class Loss(Protocol):
     """A loss that tells what it calls the model with (`train.objective.Objective`)."""
 
-    def __call__(self, batch: Batch) -> Tensor: ...
-    def arguments(self, batch: Batch) -> Mapping[str, Any]: ...
+    def __call__(self, batch: Any) -> Tensor: ...
+    def arguments(self, batch: Any) -> Mapping[str, Any]: ...
 
 
-class CachedLoss:
-    """The loss of a run's training batches, with hidden states that are stored when a sequence is first seen.
+class LossFromCache(Generic[Config, Batches]):
+    """The loss of a run's training batches, with hidden states that are stored when they are first computed.
 
     Args:
         cache: of the run's adapter.
         objective: the loss without it.
         batches: of the run.
-        config: of the run.
+        config: of the run, which asks for a cache.
         device: where the model is.
     """
 
     def __init__(
-        self, cache: HiddenCache, objective: Loss, batches: TrainBatches, config: PretrainConfig, device: torch.device
+        self, cache: HiddenCache, objective: Loss, batches: Batches, config: Config, device: torch.device
     ) -> None:
         self.cache = cache
         self._objective, self._batches, self._config, self._device = objective, batches, config, device
-        self._goal = 0  # tokens in the cache when it has all that the run will see
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Any) -> Tensor:
         with self.cache.batch(self._objective.arguments(batch)):
             return self._objective(batch)
 
@@ -63,6 +67,12 @@ class CachedLoss:
     def place(self) -> dict[str, str]:
         """What a checkpoint notes, so that a run that goes on finds the folder again."""
         return {"given": str(self._config.train.cache_hidden), "folder": str(self.cache.folder.resolve())}
+
+
+class CachedLoss(LossFromCache[PretrainConfig, TrainBatches]):
+    """Of pre-training, where each sequence that will come is known."""
+
+    _goal = 0  # tokens in the cache when it has all that the run will see
 
     def prepare(self, start: int, console: Console) -> None:
         """Say what the run will store, and store what its `start` completed steps have seen and is not there.
@@ -134,37 +144,32 @@ class RunCache(HiddenCache):
         """The configuration's cautions have said it."""
 
 
-def open_cached(
-    config: PretrainConfig,
-    adapter: Adapter,
-    objective: Loss,
-    batches: TrainBatches,
-    device: torch.device,
-    before: Mapping[str, Any] | None = None,
-) -> CachedLoss | None:
-    """The loss with the cache that a run asks for; None if it asks for none.
+def open_cache(
+    train: TrainConfig | TaskTrainConfig, adapter: Adapter, checkpoint: Checkpoint | None, stack: ExitStack
+) -> RunCache | None:
+    """The cache that a run asks for, open until its end; None if it asks for none.
 
     Args:
-        config: of the run.
+        train: of the run's configuration.
         adapter: on its model.
-        objective: its loss.
-        batches: its training batches.
-        device: where its model is.
-        before: of a run that goes on, the path that was given (`given`), and the folder that it was (`folder`).
+        checkpoint: of a run that goes on, which notes the path that was given, and the folder that it was.
+        stack: closes it.
 
     Raises:
         ConfigError: the adapter has no hidden states that could be kept.
         CheckpointError: the folder holds those of another backbone, or is damaged.
     """
-    given = config.train.cache_hidden
+    given = train.cache_hidden
     if given is None:
         return None
     folder = given.expanduser()
+    before = checkpoint.extra.get("cache_hidden") if checkpoint else None
     if before is not None and before["given"] == str(given) and (known := Path(before["folder"])).is_dir():
         folder = known  # resumed from another working directory, a relative path may be another place
     with naming_the_setting():
-        cache = RunCache(adapter, folder, config.train.cache_storage)
-    return CachedLoss(cache, objective, batches, config, device)
+        cache = RunCache(adapter, folder, train.cache_storage)
+    stack.callback(cache.close)
+    return cache
 
 
 @contextmanager

@@ -14,21 +14,20 @@ from typing import Any
 
 from rich.console import Console
 
-from trimtab.errors import CannotSave, CheckpointError, DataError, TrimtabError
+from trimtab.errors import CannotSave, CheckpointError, DataError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.methods.base import Adapter
 from trimtab.report.page import write_report
-from trimtab.report.spectrum import update_spectrum
 from trimtab.train.best import Best
+from trimtab.train.cached import open_cache
 from trimtab.train.cachedexamples import CachedExamples
 from trimtab.train.checkpoint import Checkpoint, load
-from trimtab.train.folder import refuse_used_folder, replace_text, save_model, sole_user
+from trimtab.train.folder import replace_text, save_model, sole_user
 from trimtab.train.material import Material, prepare
 from trimtab.train.metrics import RunLog, jsonable, require_tensorboard
-from trimtab.train.resume import continued
 from trimtab.train.score import LABELS
 from trimtab.train.scoring import Scores
-from trimtab.train.session import RunResult, Session, find_checkpoint, refuse_distributed, say
+from trimtab.train.session import RunResult, Session, begin, say
 
 
 @dataclass(frozen=True)
@@ -57,25 +56,15 @@ def finetune(config: FinetuneConfig, *, resume: Path | None = None, console: Con
         TrimtabError: whatever a user can mend, in one line.
     """
     console = console or Console()
-    refuse_distributed()
-    folder = resume or config.out / config.name
     with ExitStack() as stack:
-        checkpoint, damaged = None, frozenset[str]()
-        if resume is None:
-            refuse_used_folder(folder)
-        else:
-            if folder.is_dir():
-                stack.enter_context(sole_user(folder))
-            checkpoint, damaged = find_checkpoint(folder, console)
-            config, notes = continued(config, checkpoint)
-            for note in notes:
-                say(console, note)
-        if config.log.tensorboard:
+        begun = begin(config, resume, console, stack)
+        if begun.config.log.tensorboard:
             require_tensorboard()
-        material = prepare(config)
+        material = prepare(begun.config)
         for note in material.notes:
             say(console, f"note: {note}")
-        return _Run(material.config, folder, console, damaged, material=material).go(checkpoint, stack)
+        run = _Run(material.config, begun.folder, console, begun.damaged, material=material)
+        return run.go(begun.checkpoint, stack)
 
 
 @dataclass
@@ -104,10 +93,8 @@ class _Run(Session[FinetuneConfig]):
         if checkpoint is None:
             stack.enter_context(sole_user(self.folder))
         cached = None
-        if config.train.cache_hidden is not None:
-            before = checkpoint.extra.get("cache_hidden") if checkpoint else None
-            cached = CachedExamples(config, adapter, objective, batches, self.device, before)
-            stack.callback(cached.cache.close)
+        if (cache := open_cache(config.train, adapter, checkpoint, stack)) is not None:
+            cached = CachedExamples(cache, objective, batches, config, self.device)
             cached.prepare(start, self.console)
         self.open_folder(checkpoint, adapter)
         say(
@@ -179,16 +166,7 @@ class _Run(Session[FinetuneConfig]):
     def _finish(self, model: Any, adapter: Adapter, log: RunLog, step: int, kept: int) -> FinetuneResult:
         """From the last step to the finished folder: spectrum, what is saved, scores, report."""
         config = self.config
-        try:
-            update_spectrum(
-                self.folder / "start.safetensors",
-                adapter.effective_weights(),
-                rank=adapter.config.update_rank,
-                restarts=len(config.restarts()),
-                device=self.device,
-            ).save(self.folder / "spectrum.json")
-        except TrimtabError as error:  # a side file; the model must not wait for it
-            say(self.console, f"the spectrum of the update cannot be shown: {error}")
+        self.save_spectrum(adapter)
         places, merged = self._save(model, adapter)
         scores = self.material.scorer(model, self.material.objective(model))
         log.event(

@@ -20,23 +20,21 @@ from rich.console import Console
 from trimtab.config import PretrainConfig
 from trimtab.data.batches import TrainBatches, validation_batches
 from trimtab.data.tokens import TokenStore, build_store, store_folder
-from trimtab.errors import DataError, TrimtabError
+from trimtab.errors import DataError
 from trimtab.methods.base import Adapter
 from trimtab.models.load import build_model
 from trimtab.preflight import preflight
 from trimtab.report.page import write_report
-from trimtab.report.spectrum import update_spectrum
 from trimtab.report.tokenbar import token_bar
 from trimtab.train import randomstate
-from trimtab.train.cached import open_cached
+from trimtab.train.cached import CachedLoss, open_cache
 from trimtab.train.checkpoint import Checkpoint
 from trimtab.train.evaluate import EvalResult, evaluate
-from trimtab.train.folder import refuse_used_folder, save_model, sole_user
+from trimtab.train.folder import save_model, sole_user
 from trimtab.train.memory import phase_table
 from trimtab.train.metrics import RunLog, require_tensorboard
 from trimtab.train.objective import Objective
-from trimtab.train.resume import continued
-from trimtab.train.session import RunResult, Session, find_checkpoint, refuse_distributed, say
+from trimtab.train.session import RunResult, Session, begin, say
 
 
 def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Console | None = None) -> RunResult:
@@ -52,22 +50,11 @@ def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Con
         TrimtabError: whatever a user can mend, in one line.
     """
     console = console or Console()
-    refuse_distributed()
-    folder = resume or config.out / config.name
     with ExitStack() as stack:
-        checkpoint, damaged = None, frozenset[str]()
-        if resume is None:
-            refuse_used_folder(folder)
+        begun = begin(config, resume, console, stack)
+        if begun.checkpoint is None:
             preflight(config)
-        else:
-            if folder.is_dir():
-                stack.enter_context(sole_user(folder))
-            checkpoint, damaged = find_checkpoint(folder, console)
-            config, notes = continued(config, checkpoint)
-            for note in notes:
-                say(console, note)
-        run = _Run(config, folder, console, damaged)
-        return run.go(checkpoint, stack)
+        return _Run(begun.config, begun.folder, console, begun.damaged).go(begun.checkpoint, stack)
 
 
 @dataclass
@@ -108,9 +95,9 @@ class _Run(Session[PretrainConfig]):
         objective.check(sample)
         if checkpoint is None:
             stack.enter_context(sole_user(self.folder))
-        before = checkpoint.extra.get("cache_hidden") if checkpoint else None
-        if cached := open_cached(config, adapter, objective, batches, self.device, before):
-            stack.callback(cached.cache.close)
+        cached = None
+        if (cache := open_cache(config.train, adapter, checkpoint, stack)) is not None:
+            cached = CachedLoss(cache, objective, batches, config, self.device)
             cached.prepare(start, self.console)
         self.open_folder(checkpoint, adapter)
         extra = {
@@ -176,17 +163,7 @@ class _Run(Session[PretrainConfig]):
     def _finish(self, model: Any, adapter: Adapter, store: TokenStore, log: RunLog) -> EvalResult:
         """From the last step to the finished folder: spectrum, merge, evaluation, model, report."""
         config, step = self.config, self.config.train.steps
-        start = self.folder / "start.safetensors"
-        try:
-            update_spectrum(
-                start,
-                adapter.effective_weights(),
-                rank=adapter.config.update_rank,
-                restarts=len(config.restarts()),
-                device=self.device,
-            ).save(self.folder / "spectrum.json")
-        except TrimtabError as error:  # a side file; the model must not wait for it
-            say(self.console, f"the spectrum of the update cannot be shown: {error}")
+        self.save_spectrum(adapter)
         if not adapter.no_merge:
             adapter.merge()
         model.eval()

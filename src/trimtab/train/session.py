@@ -17,21 +17,23 @@ from torch.optim import Optimizer
 
 import trimtab
 from trimtab.config import DTYPES, RunConfig
-from trimtab.errors import CheckpointError, ConfigError
+from trimtab.errors import CheckpointError, ConfigError, TrimtabError
 from trimtab.loadconfig import dump_config
 from trimtab.methods.base import Adapter, Method
 from trimtab.methods.registry import attach
 from trimtab.optim.build import build_optimizer
 from trimtab.report.page import write_report
+from trimtab.report.spectrum import update_spectrum
 from trimtab.report.start import write_start
 from trimtab.train import randomstate
 from trimtab.train.checkpoint import Checkpoint, Checkpointer, newest
 from trimtab.train.evaluate import EvalResult
-from trimtab.train.folder import replace_text
+from trimtab.train.folder import refuse_used_folder, replace_text, sole_user
 from trimtab.train.loop import Training, train
 from trimtab.train.memory import measured_peak, phase_row, phase_table, predict_phases, size_text
 from trimtab.train.metrics import MetricsFile, RunLog, tensorboard_writer, truncate
 from trimtab.train.progress import ProgressLine
+from trimtab.train.resume import continued
 from trimtab.train.signals import StopSignals
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -81,6 +83,44 @@ def find_checkpoint(folder: Path, console: Console) -> tuple[Checkpoint, frozens
             "with a smaller checkpoint.every"
         )
     return found, frozenset(damaged)
+
+
+@dataclass(frozen=True)
+class Begun(Generic[Config]):
+    """What a run starts from.
+
+    Attributes:
+        config: of the run; of one that goes on, with what the user changed.
+        folder: of the run.
+        checkpoint: what it goes on from; None for a new run.
+        damaged: names of the checkpoints that were passed over.
+    """
+
+    config: Config
+    folder: Path
+    checkpoint: Checkpoint | None = None
+    damaged: frozenset[str] = frozenset()
+
+
+def begin(config: Config, resume: Path | None, console: Console, stack: ExitStack) -> Begun[Config]:
+    """Find a run's folder free, or, of a run that goes on, take it for this process alone and find its checkpoint.
+
+    Raises:
+        ConfigError: this is one process of several, the folder is used, or a setting changed that must not.
+        CheckpointError: there is no checkpoint to go on from.
+    """
+    refuse_distributed()
+    if resume is None:
+        folder = config.out / config.name
+        refuse_used_folder(folder)
+        return Begun(config, folder)
+    if resume.is_dir():
+        stack.enter_context(sole_user(resume))
+    checkpoint, damaged = find_checkpoint(resume, console)
+    config, notes = continued(config, checkpoint)
+    for note in notes:
+        say(console, note)
+    return Begun(config, resume, checkpoint, damaged)
 
 
 def device_of(chosen: str) -> torch.device:
@@ -226,6 +266,19 @@ class Session(Generic[Config]):
             f"stopped after step {step} of {self.config.total_steps}; continue with --resume {self.folder}",
         )
         return RunResult(self.folder, step, False, signals.status)
+
+    def save_spectrum(self, adapter: Adapter) -> None:
+        """Write the spectrum of the update since the start, where that can be done."""
+        try:
+            update_spectrum(
+                self.folder / "start.safetensors",
+                adapter.effective_weights(),
+                rank=adapter.config.update_rank,
+                restarts=len(self.config.restarts()),
+                device=self.device,
+            ).save(self.folder / "spectrum.json")
+        except TrimtabError as error:  # a side file; the model must not wait for it
+            say(self.console, f"the spectrum of the update cannot be shown: {error}")
 
     def opening(self, start: int) -> dict[str, Any]:
         return {
