@@ -15,7 +15,6 @@ reach methods through `registry()` alone.
 from __future__ import annotations
 
 import abc
-import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,10 +23,11 @@ import torch
 from torch import nn
 
 from trimtab.errors import CannotDetach, CannotMerge, CannotSave, CheckpointError, ConfigError
-from trimtab.methods.attached import Attached, place, record_of
+from trimtab.methods.attached import place
 from trimtab.methods.folder import SavedAdapter, write_together
 from trimtab.methods.oneline import OneLine
 from trimtab.methods.parts import GROUPS, AdapterState, StepReport, Trainable
+from trimtab.methods.placed import Placed
 from trimtab.methods.watch import Watch
 from trimtab.nn.residence import Residence
 from trimtab.settings import Settings, check_whole
@@ -150,7 +150,7 @@ class Method(Settings, abc.ABC, metaclass=OneLine):
         return self
 
 
-class Adapter(abc.ABC):
+class Adapter(Placed, abc.ABC):
     """A method at work on a model.
 
     Attributes:
@@ -159,10 +159,9 @@ class Adapter(abc.ABC):
     """
 
     def __init__(self, model: nn.Module, config: Method) -> None:
-        self.model = model
+        super().__init__(model)
         self.config = config
         self._last_step = 0
-        self._closed = ""
         self._watch = Watch()
 
     @property
@@ -332,24 +331,6 @@ class Adapter(abc.ABC):
             CannotDetach: something was written into the base; the message names it and the way out.
         """
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within this context the model computes what the base computes, whichever adapter was at work.
-
-        Raises:
-            CannotDetach: something was written into the base, and no copy of it is kept.
-        """
-        self._require_open("disabled()")
-        record = self.record
-        before = record.active
-        record.switch("")
-        try:
-            yield
-        finally:
-            # Inside, adapters may have been detached, or another one made active: then that stays.
-            if before in record.adapters and not record.active:
-                record.switch(before)
-
     def _suspend(self) -> None:
         """Leave the base's function; nothing is lost."""
         raise CannotDetach(f"method {self.config.name} cannot be switched off")
@@ -386,28 +367,3 @@ class Adapter(abc.ABC):
     def _saved(self) -> SavedAdapter:
         """What `save` writes."""
         raise CannotSave(f"method {self.config.name} has no adapter to save")
-
-    @property
-    def record(self) -> Attached:
-        """What is attached to the model, this adapter among it."""
-        self._require_open("record")
-        record = record_of(self.model)
-        assert record is not None
-        return record
-
-    @property
-    def attached_name(self) -> str:
-        """The name under which the adapter is attached."""
-        return next(name for name, adapter in self.record.adapters.items() if adapter is self)
-
-    def _alone(self) -> bool:
-        return len(self.record.adapters) == 1
-
-    def _require_open(self, call: str) -> None:
-        if self._closed:
-            raise ValueError(f"{call}: this adapter was {self._closed}; attach a new one to go on")
-
-    def _close(self, how: str) -> None:
-        """The adapter's end: its name is free, and with the last adapter the model."""
-        self.record.remove(self.model, self.attached_name)
-        self._closed = how
