@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trimtab
 from trimtab.config import PretrainConfig
 from trimtab.data.batches import validation_batches
+from trimtab.data.sources import package_file
 from trimtab.data.tokens import build_store, store_folder
 from trimtab.errors import CheckpointError, ConfigError, DataError
 from trimtab.loadconfig import load_config
@@ -182,12 +183,15 @@ def test_pure_is_said_aloud(text: Path, tmp_path: Path) -> None:
 
 
 def test_the_demo_shortened(tmp_path: Path) -> None:
-    """examples/demo.yaml with fewer steps and words: warm start, restarts, a lower loss, and a model that writes."""
+    """examples/demo.yaml with fewer speeches, steps, words: warm start, restarts, a lower loss, a model that writes."""
     demo = Path(__file__).resolve().parents[2] / "examples" / "demo.yaml"
+    (speeches,) = load_config(demo, []).data.sources
+    some = sorted(package_file(speeches, "data.sources").iterdir())[::10]
+    texts = [f"data.sources={json.dumps([f'{speeches}/{file.name}' for file in some])}", "data.validation_share=0.2"]
     small = ["model.name=llama-9m", "data.tokenizer.bpe_vocab_size=512", "data.seq_len=64", "train.batch_tokens=512"]
     fewer = ["train.steps=30", "method.warm_start_steps=8", "method.restart_every=5", "schedule.warmup_steps=2"]
     rest = ["schedule.rewarm_steps=2", "eval.every=10", "eval.tokens=2048", f"out={tmp_path}"]
-    result = pretrain(load_config(demo, [*small, *fewer, *rest]), console=quiet())
+    result = pretrain(load_config(demo, [*texts, *small, *fewer, *rest]), console=quiet())
     assert len(records(result.folder, "restart")) == 4
     losses = [record["loss"] for record in records(result.folder, "eval")]
     assert losses[-1] < losses[0]
