@@ -174,8 +174,8 @@ def test_what_cannot_be_trained_on(tmp_path: Path) -> None:
         ({"labels": ["a", " a"]}, "each once"),
         ({"labels": ["a", " "]}, "each once"),
         ({"labels": ["a"]}, "two classes or more"),
-        ({"pair": "text"}, "'text' is given twice"),
-        ({"label": "text"}, "'text' is given twice"),
+        ({"pair": "text"}, "is the column of the text already"),
+        ({"label": "text"}, "is the column of the text already"),
         ({"prompt": "{text} {txt}"}, r"\{txt\} is not known; a template names \{text\}"),
         ({"prompt": "{text.upper}"}, r"\{text\.upper\} is not known"),
         ({"prompt": "{text!r}"}, r"\{text!r\} is not known"),
@@ -285,7 +285,10 @@ def test_targets_that_are_none(target: Any, message: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"prompt": "{text}"}, r"\{text\} is not known; .*\{source\}"), ({"target": "source"}, "both are 'source'")],
+    [
+        ({"prompt": "{text}"}, r"\{text\} is not known; .*\{source\}"),
+        ({"target": "source"}, "is the column of the source already"),
+    ],
 )
 def test_seq2seq_settings(settings: dict[str, Any], message: str) -> None:
     """A prompt names the source alone; source and target are two columns."""

@@ -180,10 +180,12 @@ class LabelledFileTask(FileTask):
 
     @model_validator(mode="after")
     def _columns_and_prompt(self) -> Self:
-        columns = self._columns()
-        for name in columns:
-            if columns.count(name) > 1:
-                raise ConfigError(f"text, pair and label are three columns; {name!r} is given twice")
+        seen: dict[str, str] = {}
+        for key in ("text", "pair", "label"):
+            column = getattr(self, key)
+            if column is not None and column in seen:
+                raise ConfigError(f"{key} = {column!r}: is the column of the {seen[column]} already; give another")
+            seen[column] = key
         if self.prompt is not None:
             check_template(self.prompt, "prompt", ["text"] if self.pair is None else ["text", "pair"])
         return self

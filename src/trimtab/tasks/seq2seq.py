@@ -36,7 +36,7 @@ class Seq2Seq(FileTask):
     @model_validator(mode="after")
     def _columns_and_prompt(self) -> Self:
         if self.source == self.target:
-            raise ConfigError(f"source and target are two columns; both are {self.source!r}")
+            raise ConfigError(f"target = {self.target!r}: is the column of the source already; give another")
         check_template(self.prompt, "prompt", ["source"])
         return self
 

@@ -26,6 +26,7 @@ from trimtab.models.taskmodel import (
     shadow_task_model,
     task_tokenizer,
 )
+from trimtab.naming import named
 from trimtab.tasks.base import Example, Labelled, Loaded, Task
 from trimtab.tasks.batches import Collate, ExampleBatches, LayCausal, PadHead, PadPairs
 from trimtab.tasks.encode import Encoder, Reading
@@ -119,7 +120,8 @@ def prepare(config: FinetuneConfig) -> Material:
     """
     given_by_user = config
     config, hf, reading, tokenizer = open_parts(config)
-    loaded = config.task.load()  # runs with other seeds are scored on the same examples
+    with named("task", config.task):
+        loaded = config.task.load()  # runs with other seeds are scored on the same examples
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
     method = config.method.for_finetuning(config.seed, new_head=reading == "head")
     trained = _check_method(config, method, shadow_task_model(config.model, hf, reading, settings))
@@ -228,7 +230,8 @@ def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> 
     """The names of what trains at first, if the method fits."""
     dtype = DTYPES[config.dtype]
     try:
-        adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
+        with named("method", method):
+            adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
     except ConfigError as error:
         if config.model.quantize is None:
             raise

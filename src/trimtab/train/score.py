@@ -15,6 +15,7 @@ from trimtab.finetuneconfig import FinetuneConfig, ScoreConfig, is_finetuning
 from trimtab.loadconfig import load_tree
 from trimtab.methods.registry import load_adapter
 from trimtab.models.taskmodel import build_task_model, head_settings
+from trimtab.naming import named
 from trimtab.tasks.base import Loaded
 from trimtab.tasks.encode import Encoder, Reading
 from trimtab.train.headobjective import HeadObjective
@@ -34,7 +35,8 @@ def score(config: ScoreConfig) -> Scores:
         TrimtabError: whatever a user can mend, in one line.
     """
     config, hf, reading, tokenizer = open_parts(config)
-    loaded = config.task.load(training=False)
+    with named("task", config.task):
+        loaded = config.task.load(training=False)
     if not loaded.scored:
         raise ConfigError("task: there is no split to score; give task.validation or task.test")
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)

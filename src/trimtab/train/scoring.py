@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLog
 
 from trimtab.finetuneconfig import TaskEvalConfig
 from trimtab.methods.attached import adapters
+from trimtab.naming import named
 from trimtab.nn.virtual import position_limit
 from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Example, Headline, Labelled, Loaded, Prediction, Task, Written
@@ -116,12 +117,12 @@ class Scorer:
                 if self.reading == "head":
                     assert isinstance(objective, HeadObjective)
                     predictions = self._predict(model, objective, data, len(chosen))
-                    found = {**self.task.score(split, predictions, chosen), **found}
+                    found = {**self._score(split, predictions, chosen), **found}
                 elif self.task.form in ("class", "number", "text"):
                     written = self._write(model, chosen)
                     answers[split] = written
                     read = self._read(written)
-                    found = {**self.task.score(split, read, chosen), **found}
+                    found = {**self._score(split, read, chosen), **found}
                     if self.task.form != "text":  # each counts as wrong, which a score alone does not tell
                         found["unreadable"] = sum(answer is None for answer in read) / len(read)
                 splits[split] = found
@@ -206,6 +207,11 @@ class Scorer:
             model.generation_config = own
         new = out[:, width:] if self.reading == "causal" else out
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _score(self, split: str, found: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
+        """The task's own metrics."""
+        with named("task", self.task):
+            return self.task.score(split, found, examples)
 
     def _read(self, written: Sequence[str]) -> list[Prediction]:
         """What the answers mean: labels, where the task has some."""
