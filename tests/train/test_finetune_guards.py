@@ -12,7 +12,7 @@ import transformers
 from checkpoints_for_tests import labelled_rows, save_checkpoint, sentences, tokenizer, write_rows
 from finetune_parts import again, config, events, labelled, place, run
 
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import CheckpointError, ConfigError, DataError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.loadconfig import dump_config, load_tree
 from trimtab.methods import registry
@@ -181,3 +181,11 @@ def test_a_checkpoints_own_way_to_write_changes_no_score(place: Path, tmp_path: 
         written.append((folder / "run" / "answers-validation.jsonl").read_text())
         assert [e["step"] for e in events(folder / "run", "step")] == [1, 2]
     assert written[0] == written[1]
+
+
+def test_a_file_cannot_hold_hidden_states(place: Path, tmp_path: Path) -> None:
+    """It is refused before the run's folder is made."""
+    (tmp_path / "afile").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"^train.cache_hidden: .*afile cannot be used: File exists"):
+        run(place, tmp_path, "bert", labelled(place), "read", train__cache_hidden=tmp_path / "afile")
+    assert not (tmp_path / "run").exists()

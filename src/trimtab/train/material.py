@@ -31,6 +31,7 @@ from trimtab.tasks.base import Example, Labelled, Loaded, Task
 from trimtab.tasks.batches import Collate, ExampleBatches, LayCausal, PadHead, PadPairs
 from trimtab.tasks.encode import Encoder, Reading
 from trimtab.train import randomstate
+from trimtab.train.cached import check_place
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.objective import Objective
 from trimtab.train.packed import packing_fault
@@ -119,6 +120,7 @@ def prepare(config: FinetuneConfig) -> Material:
         TrimtabError: what is wrong, in one line.
     """
     given_by_user = config
+    check_place(config.train.cache_hidden)
     config, hf, reading, tokenizer = open_parts(config)
     with named("task", config.task):
         loaded = config.task.load()  # runs with other seeds are scored on the same examples

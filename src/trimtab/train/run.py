@@ -28,7 +28,7 @@ from trimtab.report.page import write_report
 from trimtab.report.spectrum import update_spectrum
 from trimtab.report.tokenbar import token_bar
 from trimtab.train import randomstate
-from trimtab.train.cached import open_cached
+from trimtab.train.cached import check_place, open_cached
 from trimtab.train.checkpoint import Checkpoint
 from trimtab.train.evaluate import EvalResult, evaluate
 from trimtab.train.folder import refuse_used_folder, save_model, sole_user
@@ -58,6 +58,7 @@ def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Con
         checkpoint, damaged = None, frozenset[str]()
         if resume is None:
             refuse_used_folder(folder)
+            check_place(config.train.cache_hidden)
             preflight(config)
         else:
             if folder.is_dir():
