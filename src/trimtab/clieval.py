@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,7 @@ from typer.core import TyperCommand
 
 from trimtab.clierrors import one_line_errors
 from trimtab.cliparts import Words, open_console
-from trimtab.errors import CheckpointError, ConfigError
+from trimtab.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +66,8 @@ def evaluate(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option("--text", metavar="FILE", help="Perplexity and bits a byte on a text, in place of a task."),
+        typer.Option("--text", metavar="FILE", help="Perplexity and bits a byte on a text, in place of a task: any UTF-8 file, or .jsonl, .parquet and other "
+            "files of rows with a column text.",),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.json", help="Write all scores as JSON, too.")
@@ -103,13 +106,26 @@ def evaluate(
 
     console, found = open_console(), {}
     for subject, config in configs.items():
-        found[subject] = score(config)
+        with _told_of_text(text):
+            found[subject] = score(config)
         if len(configs) > 1:
             head = found[subject].headline
             console.print(f"{subject}: {head.name} {head.value:.4g}", markup=False, highlight=False, soft_wrap=True)
     console.print(_table(configs, found))
     _write(out, {subject: scores.record() for subject, scores in found.items()})
     return 0
+
+
+@contextlib.contextmanager
+def _told_of_text(text: Path | None) -> Iterator[None]:
+    """Errors of the text's file name the option by which it was given."""
+    try:
+        yield
+    except DataError as error:
+        key, _, said = str(error).partition(": ")
+        if text is None or key != "task.validation":
+            raise
+        raise DataError(f"--text: {said}") from error
 
 
 def _language(file: str) -> str:

@@ -59,7 +59,8 @@ class Layout(NamedTuple):
         delimiter: between the fields of a .csv or .tsv; None is a comma for .csv and a tab for .tsv.
         quotes: whether a double quote at the beginning of a field encloses it (RFC 4180), or is a character.
         header: names of the columns of a .csv or .tsv whose first line is a row; None where that names them.
-        text_files: read .txt files too, each as one row with this column.
+        text_files: read .txt files too, each as one row with this column; and a file of no known kind that is named
+            by itself.
     """
 
     delimiter: str | None = None
@@ -189,6 +190,8 @@ def _files(source: str, setting: str, layout: Layout) -> Iterator[tuple[Path, st
     known = ", ".join([*_KINDS, ".txt"] if layout.text_files else _KINDS)
     if path.is_file():
         kind = _kind(path, layout)
+        if kind is None and layout.text_files and not path.name.lower().endswith((".gz", ".zst")):
+            kind = "txt"  # a file that is named by itself is a text whatever its ending; in a folder it may be anything
         if kind is None:
             raise DataError(f"{source!r} is no file of a known kind ({known})")
         yield path, kind
