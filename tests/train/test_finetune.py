@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoints_for_tests import write_rows
 from finetune_parts import config, events, labelled, place, quiet, run
 from safetensors.torch import load_file
 
@@ -103,6 +104,25 @@ def test_each_form_on_each_kind_of_model(
     result = run(place, tmp_path, family, {**task, "train": str(place / task["train"])}, train__steps=3)
     assert result.scores is not None
     assert scored in result.scores.splits["validation"]
+
+
+@pytest.mark.parametrize("task", ["pairs", "labelled"])
+def test_each_answer_stands_beside_what_was_asked(task: str, place: Path, tmp_path: Path) -> None:
+    """The source as the model was given it, and all that would have been right."""
+    rows = [
+        {"source": "the cat", "target": ["cat", "a cat"], "text": "the cat", "label": "warm"},
+        {"source": "river", "target": ["river"], "text": "river", "label": "cold"},
+    ]
+    name = {"pairs": "seq2seq", "labelled": "classification"}[task]
+    prompt = {"pairs": "cut: {source}", "labelled": "cut: {text}"}[task]
+    files = {"train": str(place / f"{task}.jsonl"), "validation": str(write_rows(tmp_path / "val.jsonl", rows))}
+    run(place, tmp_path, "t5", {"name": name, "prompt": prompt, **files}, train__steps=2)
+    found = [json.loads(line) for line in (tmp_path / "run" / "answers-validation.jsonl").read_text().splitlines()]
+    right = [row["target"] if task == "pairs" else [row["label"]] for row in rows]
+    assert [(row["source"], row["references"]) for row in found] == [
+        (f"cut: {row['source']}", references) for row, references in zip(rows, right, strict=True)
+    ]
+    assert all(isinstance(row["answer"], str) for row in found)
 
 
 # -- going on, and going back ----------------------------------------------------------------------

@@ -237,7 +237,7 @@ class _Run(Session[FinetuneConfig]):
         try:
             replace_text(self.folder / "results.json", json.dumps(jsonable(results), indent=1))
             for split, answers in scores.answers.items():
-                lines = (json.dumps({"answer": answer}, ensure_ascii=False) + "\n" for answer in answers)
+                lines = (json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in answers)
                 replace_text(self.folder / f"answers-{split}.jsonl", "".join(lines))
         except OSError as error:
             raise CheckpointError(f"{self.folder}: the results cannot be written: {error.strerror or error}") from error
