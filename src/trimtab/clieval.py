@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from trimtab.clierrors import one_line_errors
-from trimtab.cliparts import Words, open_console
+from trimtab.cliparts import Words, in_effect, open_console
 from trimtab.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     subjects = [word for word in words if "=" not in word or Path(word).exists()]
     if not subjects:
         raise ConfigError("command line: no model is given; name a run's folder, a checkpoint's, or a hub name")
-    return subjects, [word for word in words if word not in subjects]
+    return subjects, in_effect([word for word in words if word not in subjects])
 
 
 def _config(subject: str, overrides: list[str]) -> ScoreConfig:

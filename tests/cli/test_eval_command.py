@@ -109,6 +109,7 @@ def test_a_text_is_one_whatever_the_file_is_called(place: Path, tmp_path: Path) 
         (["PLACE/bert", "task={name: classification, train: PLACE/train.jsonl}"], "has no head for this task"),
         (["PLACE/llama", "--text", "PLACE/text.txt", "--adapter", "PLACE/run0/adapter"], "adapter"),
         (["PLACE/run0", "task.nonsense=1"], "unknown key"),
+        (["PLACE/run0", "task.max_eval=3", "task={name: glue}"], "task.max_eval=3: task=... behind it gives the whole"),
         (["PLACE/llama", "task={name: clasification, train: a.csv}"], "did you mean classification?"),
     ],
 )

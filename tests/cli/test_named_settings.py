@@ -61,3 +61,15 @@ def test_a_metric_that_misses_something_names_the_task_s_setting(
     words = (f"task={{name: e2e, folder: {tmp_path / 'e2e'}, meteor_jar: /nowhere.jar}}", "method={name: lora}")
     ended = run(capsys, "finetune", f"model.name={place / 'llama'}", *words, f"out={tmp_path}")
     assert ended.err.startswith("trimtab: task.meteor_jar = '/nowhere.jar': no such file")
+
+
+def test_a_word_that_the_next_one_would_undo_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behind the section it holds."""
+    task = f"task={{name: classification, train: {place / 'train.jsonl'}}}"
+    words = (f"model.name={place / 'bert'}", "method={name: lora}", "train.steps=1", f"out={tmp_path}")
+    ended = run(capsys, "finetune", *words, "task.max_eval=2", task)
+    assert ended.status == 2 and ended.err.startswith("trimtab: command line: task.max_eval=2: task=... behind it")
+    assert run(capsys, "finetune", *words, task, "task.max_eval=2").status == 0
+    assert "max_eval: 2" in (tmp_path / "run" / "config.yaml").read_text()
