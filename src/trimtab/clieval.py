@@ -105,9 +105,13 @@ def evaluate(
     from trimtab.train.score import score
 
     console, found = open_console(), {}
+
+    def note(text: str) -> None:
+        console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
     for subject, config in configs.items():
         with _told_of_text(text):
-            found[subject] = score(config)
+            found[subject] = score(config, note)
         if len(configs) > 1:
             head = found[subject].headline
             console.print(f"{subject}: {head.name} {head.value:.4g}", markup=False, highlight=False, soft_wrap=True)

@@ -122,6 +122,28 @@ def test_what_is_wrong_is_one_line(
     assert said.count("\n") == 1
 
 
+def test_settings_of_a_training_have_no_effect_and_that_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what was typed; a run's own settings were heeded when it was trained."""
+    own = (place / "run0" / "config.yaml").read_text()
+    assert "every: 0" in own
+    (place / "run0" / "config.yaml").write_text(own.replace("every: 0", "every: 3"))
+    typed = ["eval.every=5", "eval.patience=2", "eval.keep_best=false", "eval.beams=2", "eval.report=lora"]
+    try:
+        assert call("eval", str(place / "run0")) == 0
+        assert "note:" not in capsys.readouterr().out
+        assert call("eval", str(place / "run0"), *typed) == 0
+    finally:
+        (place / "run0" / "config.yaml").write_text(own)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert told == [
+        *(f"note: eval.{key} has no effect: nothing is trained" for key in ("every", "patience", "keep_best")),
+        "note: eval.beams has no effect: the model writes no answers",
+        "note: eval.report has no effect: the task classification is reported in one way",
+    ]
+
+
 def scored(subject: Path | str, out: Path, *words: str) -> dict[str, float]:
     assert call("eval", str(subject), "dtype=fp32", "--out", str(out), *words) == 0
     found: dict[str, float] = json.loads(out.read_text())[str(subject)]["scores"]["validation"]

@@ -190,6 +190,20 @@ def collate_for(reading: Reading, tokenizer: Any, hf: Any, name: str, data: Exam
 
 def _idle(config: FinetuneConfig, reading: Reading, examples: int) -> list[str]:
     """Settings that were given and have no effect on this task with this model, a line each."""
+    notes = idle_in_scoring(config, reading)
+    if reading != "causal":
+        notes += [f"data.{key} has no effect: only causal models are packed" for key in given(config.data, "packing")]
+    elif config.data.packing:
+        notes += [f"data.{key} has no effect: data.packing is on" for key in given(config.data, "group_by_length")]
+    if config.train.batch > examples:
+        notes.append(
+            f"train.batch = {config.train.batch} is more than the {examples} examples, which are all of a step"
+        )
+    return notes
+
+
+def idle_in_scoring(config: FinetuneConfig | ScoreConfig, reading: Reading) -> list[str]:
+    """Those of them that say how answers are asked for and reported."""
     notes = []
     writes = reading != "head" and config.task.form in ("class", "number", "text")
     if not writes:
@@ -200,14 +214,6 @@ def _idle(config: FinetuneConfig, reading: Reading, examples: int) -> list[str]:
     if type(config.task).headline is Task.headline:
         why = f"has no effect: the task {config.task.name} is reported in one way"
         notes += [f"eval.{key} {why}" for key in given(config.eval, "report")]
-    if reading != "causal":
-        notes += [f"data.{key} has no effect: only causal models are packed" for key in given(config.data, "packing")]
-    elif config.data.packing:
-        notes += [f"data.{key} has no effect: data.packing is on" for key in given(config.data, "group_by_length")]
-    if config.train.batch > examples:
-        notes.append(
-            f"train.batch = {config.train.batch} is more than the {examples} examples, which are all of a step"
-        )
     return notes
 
 
