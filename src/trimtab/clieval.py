@@ -66,8 +66,12 @@ def evaluate(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option("--text", metavar="FILE", help="Perplexity and bits a byte on a text, in place of a task: any UTF-8 file, or .jsonl, .parquet and other "
-            "files of rows with a column text.",),
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Perplexity and bits a byte on a text, in place of a task: any UTF-8 file, or .jsonl, .parquet and other "
+            "files of rows with a column text.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.json", help="Write all scores as JSON, too.")

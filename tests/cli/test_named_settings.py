@@ -27,6 +27,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["method={name: lora, rank: 500}"], "method.rank = 500 is above the size of", " or method.exclude=["),
         (["method={name: lora, targets: [nix]}"], "method.targets: 'nix' matches no linear layer", ""),
         (["task.labels=[warm]"], "command line: task.labels: ['warm']: give the names of two classes", ""),
+        (["task.delimiter=;;"], "command line: task.delimiter: ';;' is no delimiter: give one character", ""),
+        (["schedule.warmup_steps=9"], "command line: schedule.warmup_steps: 9 is longer", "or lengthen the run\n"),
         (["task.pair=text"], "command line: task.pair: 'text': is the column of the text already", ""),
         (["task.prompt=abc"], "command line: task.prompt: 'abc': lacks {text}", ""),
         (

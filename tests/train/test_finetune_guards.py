@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,10 @@ def test_a_file_cannot_hold_hidden_states(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^train.cache_hidden: .*afile cannot be used: File exists"):
         run(place, tmp_path, "bert", labelled(place), "read", train__cache_hidden=tmp_path / "afile")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_torn_checkpoint_is_named_once(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "bert", tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match=r"^model.name: the folder .*torn cannot be read: (?!.*model.name)"):
+        run(tmp_path, tmp_path, "torn", labelled(place))

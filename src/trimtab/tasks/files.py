@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from trimtab.data.sources import is_validation
 from trimtab.errors import ConfigError, DataError
@@ -52,8 +52,15 @@ class FileTask(Task):
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     max_train: PositiveInt | None = None
     max_eval: PositiveInt | None = None
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    delimiter: str | None = None
     quotes: bool = True
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        if value is not None and (len(value) != 1 or value in '\r\n"'):
+            raise ValueError(f"{value!r} is no delimiter: give one character, neither a line's end nor a double quote")
+        return value
 
     @model_validator(mode="after")
     def _one_validation(self) -> Self:

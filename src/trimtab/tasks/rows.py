@@ -293,6 +293,8 @@ def _table(path: str, kind: str, columns: list[str] | None, layout: Layout, skip
             strict=True,
         )
         names = list(layout.header or _next(reader, path, []) or [])
+        if not names:
+            raise DataError(f"{path}: is empty, or its first line is: the names of the columns stand there")
         _check_header(names, f"{path}:{max(1, reader.line_num)}", columns)
         while True:
             line = reader.line_num + 1
