@@ -69,8 +69,8 @@ def evaluate(
         typer.Option(
             "--text",
             metavar="FILE",
-            help="Perplexity and bits a byte on a text, in place of a task: any UTF-8 file, or .jsonl, .parquet and other "
-            "files of rows with a column text.",
+            help="Perplexity and bits a byte on a text, in place of a task: any UTF-8 file, or rows (.jsonl, .parquet) "
+            "with a column text.",
         ),
     ] = None,
     out: Annotated[
@@ -116,6 +116,8 @@ def evaluate(
     for subject, config in configs.items():
         with _told_of_text(text):
             found[subject] = score(config, note)
+        if warning := found[subject].warning:
+            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         if len(configs) > 1:
             head = found[subject].headline
             console.print(f"{subject}: {head.name} {head.value:.4g}", markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import transformers
 from checkpoints_for_tests import write_rows
 from finetune_parts import config, events, labelled, place, quiet, run
+from rich.console import Console
 from safetensors.torch import load_file
 
 import trimtab
@@ -336,3 +338,27 @@ def test_packed_sequences_are_not_kept(place: Path, tmp_path: Path) -> None:
         run(place, tmp_path, "llama", task, "read", train__cache_hidden=tmp_path / "states")
     with pytest.raises(ConfigError, match=r"train\.cache_hidden: .*method lora"):
         run(place, tmp_path, "bert", labelled(place), "lora", train__cache_hidden=tmp_path / "states")
+
+
+@pytest.mark.parametrize("name", ["classification", "regression"])
+def test_a_model_none_of_whose_answers_can_be_read_is_told_of(
+    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, with an answer; such answers stand at the far end of the labels."""
+    rows = [{"text": f"{text} {number}", "label": number} for number, text in enumerate("abcdefgh")]
+    files = {key: str(write_rows(tmp_path / f"{key}.jsonl", rows)) for key in ("train", "validation")}
+    told = Console(file=io.StringIO(), width=500)
+    answers = {"wrote": "Hm"}
+    monkeypatch.setattr(Scorer, "_generate", lambda self, model, prompts, settings: [answers["wrote"]] * len(prompts))
+    for out in ("a", "b"):
+        made = finetune(config(place, tmp_path / out, "t5", {"name": name, **files}, train__steps=1), console=told)
+        warnings = [line for line in told.file.getvalue().splitlines() if line.startswith("warning: no answer")]  # type: ignore[attr-defined]
+        assert len(warnings) == 1  # of the first run alone
+        answers["wrote"] = "3"
+        if out == "a":
+            assert "on validation can be read" in warnings[0]
+            assert "wrote 'Hm', and '0' was due" in warnings[0]
+            assert made.scores is not None
+            assert made.scores.splits["validation"]["unreadable"] == 1.0
+            if name == "regression":
+                assert made.scores.splits["validation"]["mse"] == np.mean([7**2, 6**2, 5**2, 4**2] * 2)

@@ -194,6 +194,8 @@ class _Run(Session[FinetuneConfig]):
         log.event(
             {"event": "eval", "step": step, "final": True, "merged": merged, "kept_step": kept, **scores.record()}
         )
+        if scores.warning:
+            say(self.console, f"warning: {scores.warning}")
         self._write_results(scores, step, kept)
         self.note_peak()
         write_report(self.folder)

@@ -53,6 +53,18 @@ class Scores:
     headline: Headline
     answers: Mapping[str, Sequence[Answered]]
 
+    @property
+    def warning(self) -> str:
+        """What a user should know of the answers, in a line; empty where they can be read."""
+        mute = [split for split, row in self.splits.items() if row.get("unreadable") == 1.0]
+        if not mute:
+            return ""
+        first = self.answers[mute[0]][0]
+        return (
+            f"no answer on {', '.join(mute)} can be read as a label, so each counts as wrong; to {first.source[-60:]!r} "
+            f"the model wrote {first.answer[:60]!r}, and {first.references[0]!r} was due"
+        )
+
     def record(self) -> dict[str, Any]:
         """As a record of metrics.jsonl: the figures of the first split under their names, and all of them."""
         first = next(iter(self.splits.values()))
