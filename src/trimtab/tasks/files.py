@@ -214,6 +214,11 @@ class LabelledFileTask(FileTask):
         prompt = self.prompt or ("{text}\n" if self.pair is None else "{text}\n{pair}\n") + self.asks
         return prompt.format(text=example.text, pair=example.pair)
 
+    def as_source(self, text: str) -> str:
+        if self.pair is not None:
+            raise two_texts(self.name)
+        return self._source(Labelled(text, None, None))
+
     def as_text(self, example: Labelled, labels: Sequence[str]) -> Written:
         word = () if example.label is None else (self._word(example.label, labels),)
         return Written(self._source(example), word)
@@ -221,6 +226,14 @@ class LabelledFileTask(FileTask):
     @abc.abstractmethod
     def _word(self, label: float, labels: Sequence[str]) -> str:
         """A label in writing."""
+
+
+def two_texts(task: str) -> ConfigError:
+    """The error for one text where a task's sources have two."""
+    return ConfigError(
+        f"the task {task} reads two texts, and one is given; write all that the model is to read, prompt included, and "
+        "give it with --raw"
+    )
 
 
 def same(text: str, pair: str | None = None) -> str:

@@ -57,7 +57,10 @@ class Seq2Seq(FileTask):
         else:
             each = [row]
         targets = tuple(text_of(one, self.target, setting) for one in each)
-        return Item(row.where, same(source), Written(self.prompt.format(source=source), targets))
+        return Item(row.where, same(source), Written(self.as_source(source), targets))
+
+    def as_source(self, text: str) -> str:
+        return self.prompt.format(source=text)
 
     def _example(self, item: Item, setting: str, labels: Sequence[str]) -> Example:
         example: Written = item.value

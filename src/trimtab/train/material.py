@@ -140,7 +140,7 @@ def prepare(config: FinetuneConfig) -> Material:
     train: list[Example] = list(loaded.splits["train"])
     written = as_written(config.task, reading, loaded, train)
     encoded = encoder(written, "train")
-    if reading != "head" and config.task.form in ("class", "number", "text"):
+    if reading != "head" and config.task.has_sources:
         _check_words(config.task, loaded, tokenizer)
         longest = config.task.decoding.get("max_new_tokens", int(encoded.due.max()))
         if config.eval.max_new_tokens is None:  # in the run's folder it stands, so that others score alike
@@ -205,7 +205,7 @@ def _idle(config: FinetuneConfig, reading: Reading, examples: int) -> list[str]:
 def idle_in_scoring(config: FinetuneConfig | ScoreConfig, reading: Reading) -> list[str]:
     """Those of them that say how answers are asked for and reported."""
     notes = []
-    writes = reading != "head" and config.task.form in ("class", "number", "text")
+    writes = reading != "head" and config.task.has_sources
     if not writes:
         why = "has no effect: the model writes no answers"
         notes += [f"eval.{key} {why}" for key in given(config.eval, "beams", "max_new_tokens")]

@@ -61,8 +61,8 @@ class Scores:
             return ""
         first = self.answers[mute[0]][0]
         return (
-            f"no answer on {', '.join(mute)} can be read as a label, so each counts as wrong; to {first.source[-60:]!r} "
-            f"the model wrote {first.answer[:60]!r}, and {first.references[0]!r} was due"
+            f"no answer on {', '.join(mute)} can be read as a label, so each counts as wrong; to "
+            f"{first.source[-60:]!r} the model wrote {first.answer[:60]!r}, and {first.references[0]!r} was due"
         )
 
     def record(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Scorer:
                     assert isinstance(objective, HeadObjective)
                     predictions = self._predict(model, objective, data, len(chosen))
                     found = {**self._score(split, predictions, chosen), **found}
-                elif self.task.form in ("class", "number", "text"):
+                elif self.task.has_sources:
                     answers[split] = self._write(model, chosen)
                     written = [one.answer for one in answers[split]]
                     read = self._read(written)
