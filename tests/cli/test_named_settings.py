@@ -25,6 +25,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["method={name: lora, rank: 0}"], "command line: method.rank: 0 is too small", ""),
         (["method={name: lora, rank: 500}"], "method.rank = 500 is above the size of", " or method.exclude=["),
+        (
+            ["method={name: bottleneck}"],
+            "method.size = 64 is above the width of bert.",
+            "(method.size=8 is a quarter of it)",
+        ),
+        (
+            ["method={name: ladder, reduction: 20}"],
+            "method.reduction=20: hidden_size = 32 of BertConfig is no multiple",
+            "use a divisor of 32, such as method.reduction=8\n",
+        ),
+        (
+            ["method={name: ladder, reduction: 16}"],
+            "method.reduction=16: ",
+            "smaller reduction, such as method.reduction=8\n",
+        ),
         (["method={name: lora, targets: [nix]}"], "method.targets: 'nix' matches no linear layer", ""),
         (["task.labels=[warm]"], "command line: task.labels: ['warm']: give the names of two classes", ""),
         (["task.delimiter=;;"], "command line: task.delimiter: ';;' is no delimiter: give one character", ""),
