@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +13,8 @@ import typer
 from typer.core import TyperCommand
 
 from trimtab.clierrors import one_line_errors
-from trimtab.cliparts import Words, open_console
-from trimtab.errors import CheckpointError, ConfigError
+from trimtab.cliparts import Words, in_effect, open_console
+from trimtab.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +66,12 @@ def evaluate(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option("--text", metavar="FILE", help="Perplexity and bits a byte on a text, in place of a task."),
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Perplexity and bits a byte on a text, in place of a task: any UTF-8 file, or rows (.jsonl, .parquet) "
+            "with a column text.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.json", help="Write all scores as JSON, too.")
@@ -102,14 +109,33 @@ def evaluate(
     from trimtab.train.score import score
 
     console, found = open_console(), {}
+
+    def note(text: str) -> None:
+        console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
     for subject, config in configs.items():
-        found[subject] = score(config)
+        with _told_of_text(text):
+            found[subject] = score(config, note)
+        if warning := found[subject].warning:
+            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         if len(configs) > 1:
             head = found[subject].headline
             console.print(f"{subject}: {head.name} {head.value:.4g}", markup=False, highlight=False, soft_wrap=True)
     console.print(_table(configs, found))
     _write(out, {subject: scores.record() for subject, scores in found.items()})
     return 0
+
+
+@contextlib.contextmanager
+def _told_of_text(text: Path | None) -> Iterator[None]:
+    """Errors of the text's file name the option by which it was given."""
+    try:
+        yield
+    except DataError as error:
+        key, _, said = str(error).partition(": ")
+        if text is None or key != "task.validation":
+            raise
+        raise DataError(f"--text: {said}") from error
 
 
 def _language(file: str) -> str:
@@ -121,7 +147,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     subjects = [word for word in words if "=" not in word or Path(word).exists()]
     if not subjects:
         raise ConfigError("command line: no model is given; name a run's folder, a checkpoint's, or a hub name")
-    return subjects, [word for word in words if word not in subjects]
+    return subjects, in_effect([word for word in words if word not in subjects])
 
 
 def _config(subject: str, overrides: list[str]) -> ScoreConfig:

@@ -49,7 +49,8 @@ FILES
                             method)
   runs/NAME/model/          with save=merged or save=both, and for full training: the merged model and
                             its tokenizer, for transformers
-  runs/NAME/results.json    the scores of what was saved; answers-SPLIT.jsonl has what it wrote
+  runs/NAME/results.json    the scores of what was saved; answers-SPLIT.jsonl has what it was given,
+                            the references, and what it wrote
   runs/NAME/report.html     curves, schedule, memory, spectrum of the update; needs no network
 
 \b

@@ -47,7 +47,9 @@ WHAT IS ASKED
 \b
 HOW IT IS ASKED
   A model with a chat template is given a prompt as the user's message in it; --no-chat leaves the
-  template out. Any other model goes on from the prompt as it stands.
+  template out. The run of a task with sources (seq2seq, e2e, labels in words) is given a prompt as
+  the source: in the run's own prompt template, as in training, and in no chat template; --raw gives
+  it as it stands. Any other model goes on from the prompt as it stands.
 
 \b
 HOW TOKENS ARE CHOSEN
@@ -126,6 +128,12 @@ def generate(
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the model's chat template. [default: where it has one]"),
     ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="Give prompts as they stand: in no chat template, and not as a source of the run's task."
+        ),
+    ] = False,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system prompt for chats.")] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -185,6 +193,8 @@ def generate(
     ]
     if standard_input not in (None, "-"):
         raise ConfigError(f"{standard_input}: a prompt is given as --prompt TEXT; the second word can only be -")
+    if raw and chat:
+        raise ConfigError("--raw and --chat exclude each other; give one of them")
     if len(words) > 1:
         raise ConfigError(f"{' and '.join(words)} exclude each other; give one of them")
     talk = not words
@@ -206,10 +216,10 @@ def generate(
         beams=beams,
         seed=seed,
     )
-    prompts = read_prompts(file) if file is not None else _given(prompt, standard_input)
+    prompts = read_prompts(file) if file is not None else _given(prompt, standard_input, raw=raw)
     if out is not None and out.exists():
         raise ConfigError(f"--out {out}: is there already; name a new file, or remove it")
-    generator = open_generator(base, folders, dtype=_torch_dtype(dtype), device=device)
+    generator = open_generator(base, folders, dtype=_torch_dtype(dtype), device=device, raw=raw)
     if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
         raise KeyboardInterrupt
     generator.check(sampling)
@@ -228,11 +238,12 @@ def generate(
     return 0
 
 
-def _given(texts: list[str] | None, standard_input: str | None) -> list[Prompt]:
+def _given(texts: list[str] | None, standard_input: str | None, *, raw: bool) -> list[Prompt]:
     from trimtab.generate import Prompt
 
     if standard_input is not None:
-        return [Prompt("standard input", sys.stdin.read().rstrip("\n"))]
+        text = sys.stdin.read()
+        return [Prompt("standard input", text if raw else text.rstrip("\n"))]
     return [Prompt("--prompt", text) for text in texts or []]
 
 

@@ -36,7 +36,24 @@ def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
             if not Path(word).exists():
                 raise ConfigError(f"command line: {word}: is no file, and a setting is written {word}=value")
         raise ConfigError(f"command line: one config file is read, and {len(files)} are given: {', '.join(files)}")
-    return (Path(files[0]) if files else None), [word for word in words if word not in files]
+    return (Path(files[0]) if files else None), in_effect([word for word in words if word not in files])
+
+
+def in_effect(overrides: list[str]) -> list[str]:
+    """The overrides as they are, if none of them is undone by one behind it that gives its whole section.
+
+    Raises:
+        ConfigError: one is.
+    """
+    keys = [word.partition("=")[0] for word in overrides]
+    for number, key in enumerate(keys):
+        for word, earlier in zip(overrides[:number], keys, strict=False):
+            if earlier.startswith(f"{key}."):
+                raise ConfigError(
+                    f"command line: {word}: {key}=... behind it gives the whole section anew, and this would be lost; "
+                    f"put {earlier} behind {key}"
+                )
+    return overrides
 
 
 def config_of(run: Path, command: str) -> Path:

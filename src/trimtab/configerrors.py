@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from trimtab.config import Misfit
 from trimtab.methods import Method, registry
+from trimtab.naming import in_section, leading_key
 from trimtab.settings import annotation_parts
 from trimtab.tasks import Task, tasks
 
@@ -121,7 +122,10 @@ def _explain_named(what: str, section: Any, text: str) -> tuple[Key, int, str, K
     if "name" not in section:
         return (what, "name"), 1, f"is missing; the {what}s are {', '.join(names)}", None
     if section["name"] in names:
-        return (what,), 1, text, None
+        kind = _NAMED[what][1]()[section["name"]]
+        if led := leading_key(kind, text):
+            return (what, led[0]), 1, in_section(what, kind, led[1]), None
+        return (what,), 1, in_section(what, kind, text), None
     near = _nearest(str(section["name"]), names)
     hint = f"did you mean {near}? " if near else ""
     said = f"no {what} is called {shown(section['name'])}; {hint}The {what}s are {', '.join(names)}"

@@ -17,6 +17,7 @@ from trimtab.methods import attach
 from trimtab.methods.base import Adapter
 from trimtab.models.load import shadow_model
 from trimtab.models.presets import PAPER_VOCABULARY, PRESETS
+from trimtab.naming import named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,8 @@ def check_method(config: PretrainConfig, model: nn.Module) -> Adapter:
         TrimtabError: it does not go with the model, or what it learns could not be saved.
     """
     dtype = DTYPES[config.dtype]
-    adapter = attach(model, config.method.for_pretraining(config.seed), dtype=dtype, pure=config.pure)
+    with named("method", config.method):
+        adapter = attach(model, config.method.for_pretraining(config.seed), dtype=dtype, pure=config.pure)
     if adapter.no_merge:  # then what was learned is saved beside the model
         try:
             adapter.check_save()

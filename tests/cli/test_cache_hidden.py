@@ -127,6 +127,7 @@ def test_refusals_are_one_line(
 def test_a_dry_run_refuses_a_path_as_the_run_does(path: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "afile").write_text("mine")
     ended = run(capsys, "pretrain", "run.yaml", f"train.cache_hidden={path}")
+    assert not (project / "runs" / "small").exists()
     before = files_in(project)
     dry = run(capsys, "pretrain", "run.yaml", f"train.cache_hidden={path}", "--dry-run")
     assert (dry.status, dry.err) == (ended.status, ended.err) == (2, ended.err)

@@ -25,6 +25,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_checkpoint(folder / family, family)
     write_rows(folder / "train.jsonl", labelled_rows(60))
     write_rows(folder / "held-out.jsonl", labelled_rows(30, seed=1))
+    (folder / "text.gz").write_bytes(b"\x1f\x8b")
+    (folder / "bytes").write_bytes(b"ab\xff")
     (folder / "text.txt").write_text(" ".join(sentences(8)), encoding="utf-8")
     for seed in (0, 1):
         task = {"name": "classification", "train": f"{folder}/train.jsonl", "validation": f"{folder}/held-out.jsonl"}
@@ -80,10 +82,26 @@ def test_the_perplexity_of_a_text_is_that_of_transformers(place: Path, tmp_path:
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
+def test_a_text_is_one_whatever_the_file_is_called(place: Path, tmp_path: Path) -> None:
+    """Rows are read as rows, and what is packed is no text."""
+    text = (place / "text.txt").read_text()
+    for name in ("README.md", "LICENSE"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    write_rows(tmp_path / "text.jsonl", [{"text": text}])
+    found = []
+    for path in (place / "text.txt", *(tmp_path / name for name in ("README.md", "LICENSE", "text.jsonl"))):
+        out = tmp_path / "scores.json"
+        assert call("eval", str(place / "llama"), "--text", str(path), "dtype=fp32", "--out", str(out)) == 0
+        found.append(json.loads(out.read_text())[str(place / "llama")]["scores"]["validation"])
+    assert found == [found[0]] * 4
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         ([], "no model is given"),
+        (["PLACE/llama", "--text", "PLACE/text.gz"], "trimtab: --text: 'PLACE/text.gz' is no file of a known kind"),
+        (["PLACE/llama", "--text", "PLACE/bytes"], "bytes: not UTF-8 at byte 2"),
         (["PLACE/llama"], "it has no task"),
         (["PLACE/llama", "--text", "nowhere.txt"], "there is no such file"),
         (["PLACE/llama", "--text", "PLACE/text.txt", "task={name: glue}"], "in place of a task"),
@@ -91,6 +109,7 @@ def test_the_perplexity_of_a_text_is_that_of_transformers(place: Path, tmp_path:
         (["PLACE/bert", "task={name: classification, train: PLACE/train.jsonl}"], "has no head for this task"),
         (["PLACE/llama", "--text", "PLACE/text.txt", "--adapter", "PLACE/run0/adapter"], "adapter"),
         (["PLACE/run0", "task.nonsense=1"], "unknown key"),
+        (["PLACE/run0", "task.max_eval=3", "task={name: glue}"], "task.max_eval=3: task=... behind it gives the whole"),
         (["PLACE/llama", "task={name: clasification, train: a.csv}"], "did you mean classification?"),
     ],
 )
@@ -99,8 +118,30 @@ def test_what_is_wrong_is_one_line(
 ) -> None:
     assert call("eval", *(word.replace("PLACE", str(place)) for word in words)) == 2
     said = capsys.readouterr().err
-    assert says in said
+    assert says.replace("PLACE", str(place)) in said
     assert said.count("\n") == 1
+
+
+def test_settings_of_a_training_have_no_effect_and_that_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what was typed; a run's own settings were heeded when it was trained."""
+    own = (place / "run0" / "config.yaml").read_text()
+    assert "every: 0" in own
+    (place / "run0" / "config.yaml").write_text(own.replace("every: 0", "every: 3"))
+    typed = ["eval.every=5", "eval.patience=2", "eval.keep_best=false", "eval.beams=2", "eval.report=lora"]
+    try:
+        assert call("eval", str(place / "run0")) == 0
+        assert "note:" not in capsys.readouterr().out
+        assert call("eval", str(place / "run0"), *typed) == 0
+    finally:
+        (place / "run0" / "config.yaml").write_text(own)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert told == [
+        *(f"note: eval.{key} has no effect: nothing is trained" for key in ("every", "patience", "keep_best")),
+        "note: eval.beams has no effect: the model writes no answers",
+        "note: eval.report has no effect: the task classification is reported in one way",
+    ]
 
 
 def scored(subject: Path | str, out: Path, *words: str) -> dict[str, float]:

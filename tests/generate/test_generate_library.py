@@ -17,6 +17,8 @@ from trimtab.errors import CheckpointError, ConfigError, DataError
 from trimtab.finetuneconfig import TaskModelConfig
 from trimtab.generate import Generator, Message, Sampling, find_base, open_generator, read_prompts
 from trimtab.generate.generator import _Stream
+from trimtab.generate.open import Base
+from trimtab.tasks.chat import ChatTask
 
 PROMPT = "The capital of France"
 GREEDY = Sampling(max_new_tokens=9)
@@ -242,17 +244,22 @@ def test_a_run_stands_for_its_model_and_adapter(tmp_path: Path) -> None:
     """A pre-training run has a base beside its adapter; a fine-tuning run one of them, or a merged model."""
     model, adapter = save_llama(tmp_path / "run" / "model"), tmp_path / "run" / "adapter"
     (tmp_path / "run" / "config.yaml").write_text("model: {name: llama-9m}\n")
-    assert find_base(str(tmp_path / "run")) == (TaskModelConfig(name=model), None)
+    assert find_base(str(tmp_path / "run")) == Base(TaskModelConfig(name=model))
     save_adapter(base_of(model)[0], METHODS["read"], adapter)
-    assert find_base(str(tmp_path / "run")) == (TaskModelConfig(name=model), adapter)
+    assert find_base(str(tmp_path / "run")) == Base(TaskModelConfig(name=model), adapter)
     assert open_generator(str(tmp_path / "run"), device="cpu").active == "run"
     with pytest.raises(ConfigError, match="the run's own adapter is called 'run'"):
         open_generator(str(tmp_path / "run"), {"run": adapter}, device="cpu")
     task = "model: {name: org/base, tokenizer: org/words}\ntask: {name: chat, train: a.jsonl}\n"
     (tmp_path / "run" / "config.yaml").write_text(task)
-    assert find_base(str(tmp_path / "run")) == (TaskModelConfig(name=model), None)  # merged: the adapter is in it
+    there, chat = TaskModelConfig(name="org/base", tokenizer="org/words"), ChatTask(train="a.jsonl")
+    assert find_base(str(tmp_path / "run")) == Base(TaskModelConfig(name=model), task=chat)  # merged
     (tmp_path / "run" / "model").rename(tmp_path / "elsewhere")
-    assert find_base(str(tmp_path / "run")) == (TaskModelConfig(name="org/base", tokenizer="org/words"), adapter)
+    assert find_base(str(tmp_path / "run")) == Base(there, adapter, chat)
+    (tmp_path / "run" / "config.yaml").write_text(task.replace("chat", "chit"))
+    with pytest.raises(ConfigError, match=r"BASE: .*config.yaml: task: name: no task is called 'chit'"):
+        find_base(str(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").write_text(task)
     adapter.rename(tmp_path / "gone")
     with pytest.raises(ConfigError, match=r"BASE: .*run is a run that is not complete: it holds no model yet"):
         find_base(str(tmp_path / "run"))

@@ -211,6 +211,7 @@ def test_a_damaged_folder_is_told_in_a_line(
         build(damaged(llama, tmp_path / "copy", kind))
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("model.name: ")
+    assert str(error.value).count("model.name: ") == 1
     assert capsys.readouterr() == ("", "")
 
 

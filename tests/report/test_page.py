@@ -246,6 +246,31 @@ def test_a_damaged_parameter_table_is_left_out_and_told(run: Path, value: str) -
     assert "parameters.json could not be read" in report(run).text
 
 
+def test_parameters_of_which_there_are_none_have_no_column(run: Path) -> None:
+    phase = json.loads(json.dumps(PARAMETERS["phases"][1]))
+    (run / "parameters.json").write_text(json.dumps({"phases": [phase]}))
+    assert {"in adapter", "in head", "carry (host memory)"} <= set(report(run).words)
+    phase["groups"] |= {"head": 0}
+    phase["memory"] |= {"carry_host": 0}
+    (run / "parameters.json").write_text(json.dumps({"phases": [phase]}))
+    there = set(report(run).words)
+    assert "in adapter" in there and not {"in base", "in head", "carry (host memory)"} & there
+
+
+def test_a_chart_below_a_table_stands_apart_from_it(run: Path) -> None:
+    """The table of scores is followed by the loss, with the space that two charts have between them."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["event"] == "eval"
+    lines[-1] = json.dumps(last | {"scores": {"validation": {"accuracy": 0.5}}})
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    html = write_report(run).read_text(encoding="utf-8")
+    assert '</table></div><figure class="chart">' in html
+    apart = re.search(r"([^{}]*)\{margin-top:1\.7rem\}", html)
+    assert apart is not None
+    assert {".chart+.chart", ".scroll+.chart", ".chart+.scroll"} <= set(apart[1].strip().split(","))
+
+
 # -- resumed runs ------------------------------------------------------------------------------
 
 

@@ -154,6 +154,8 @@ def test_a_layout_can_be_chosen(tmp_path: Path) -> None:
     assert read(tmp_path, row, layout="alpaca")[0].messages[1].content == "b"
     with pytest.raises(DataError, match=r"rows.jsonl:1: no column 'prompt'; the columns are 'instruction'"):
         read(tmp_path, row, layout="prompt")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: no column 'conversations'; the columns are 'instruction'"):
+        read(tmp_path, row, layout="sharegpt")
     with pytest.raises(DataError, match=r"column 'messages' holds str, not a list of turns"):
         read(tmp_path, {"messages": "hi"}, layout="messages")
     with pytest.raises(ValidationError, match="layout"):

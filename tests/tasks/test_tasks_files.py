@@ -174,8 +174,8 @@ def test_what_cannot_be_trained_on(tmp_path: Path) -> None:
         ({"labels": ["a", " a"]}, "each once"),
         ({"labels": ["a", " "]}, "each once"),
         ({"labels": ["a"]}, "two classes or more"),
-        ({"pair": "text"}, "'text' is given twice"),
-        ({"label": "text"}, "'text' is given twice"),
+        ({"pair": "text"}, "is the column of the text already"),
+        ({"label": "text"}, "is the column of the text already"),
         ({"prompt": "{text} {txt}"}, r"\{txt\} is not known; a template names \{text\}"),
         ({"prompt": "{text.upper}"}, r"\{text\.upper\} is not known"),
         ({"prompt": "{text!r}"}, r"\{text!r\} is not known"),
@@ -184,7 +184,9 @@ def test_what_cannot_be_trained_on(tmp_path: Path) -> None:
         ({"prompt": "Label:"}, r"lacks \{text\}"),
         ({"prompt": "{text}", "pair": "b"}, r"lacks \{pair\}"),
         ({"prompt": "{text"}, "a brace that is text is doubled"),
-        ({"delimiter": "||"}, "at most 1 character"),
+        ({"delimiter": "||"}, r"'\|\|' is no delimiter: give one character"),
+        ({"delimiter": ""}, "'' is no delimiter"),
+        ({"delimiter": "\n"}, "neither a line's end"),
         ({"max_train": 0}, "greater than 0"),
         ({"epochs": 3}, "Extra inputs"),
     ],
@@ -285,7 +287,10 @@ def test_targets_that_are_none(target: Any, message: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"prompt": "{text}"}, r"\{text\} is not known; .*\{source\}"), ({"target": "source"}, "both are 'source'")],
+    [
+        ({"prompt": "{text}"}, r"\{text\} is not known; .*\{source\}"),
+        ({"target": "source"}, "is the column of the source already"),
+    ],
 )
 def test_seq2seq_settings(settings: dict[str, Any], message: str) -> None:
     """A prompt names the source alone; source and target are two columns."""

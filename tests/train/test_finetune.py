@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoints_for_tests import write_rows
 from finetune_parts import config, events, labelled, place, quiet, run
+from rich.console import Console
 from safetensors.torch import load_file
 
 import trimtab
@@ -103,6 +106,25 @@ def test_each_form_on_each_kind_of_model(
     result = run(place, tmp_path, family, {**task, "train": str(place / task["train"])}, train__steps=3)
     assert result.scores is not None
     assert scored in result.scores.splits["validation"]
+
+
+@pytest.mark.parametrize("task", ["pairs", "labelled"])
+def test_each_answer_stands_beside_what_was_asked(task: str, place: Path, tmp_path: Path) -> None:
+    """The source as the model was given it, and all that would have been right."""
+    rows = [
+        {"source": "the cat", "target": ["cat", "a cat"], "text": "the cat", "label": "warm"},
+        {"source": "river", "target": ["river"], "text": "river", "label": "cold"},
+    ]
+    name = {"pairs": "seq2seq", "labelled": "classification"}[task]
+    prompt = {"pairs": "cut: {source}", "labelled": "cut: {text}"}[task]
+    files = {"train": str(place / f"{task}.jsonl"), "validation": str(write_rows(tmp_path / "val.jsonl", rows))}
+    run(place, tmp_path, "t5", {"name": name, "prompt": prompt, **files}, train__steps=2)
+    found = [json.loads(line) for line in (tmp_path / "run" / "answers-validation.jsonl").read_text().splitlines()]
+    right = [row["target"] if task == "pairs" else [row["label"]] for row in rows]
+    assert [(row["source"], row["references"]) for row in found] == [
+        (f"cut: {row['source']}", references) for row, references in zip(rows, right, strict=True)
+    ]
+    assert all(isinstance(row["answer"], str) for row in found)
 
 
 # -- going on, and going back ----------------------------------------------------------------------
@@ -316,3 +338,27 @@ def test_packed_sequences_are_not_kept(place: Path, tmp_path: Path) -> None:
         run(place, tmp_path, "llama", task, "read", train__cache_hidden=tmp_path / "states")
     with pytest.raises(ConfigError, match=r"train\.cache_hidden: .*method lora"):
         run(place, tmp_path, "bert", labelled(place), "lora", train__cache_hidden=tmp_path / "states")
+
+
+@pytest.mark.parametrize("name", ["classification", "regression"])
+def test_a_model_none_of_whose_answers_can_be_read_is_told_of(
+    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, with an answer; such answers stand at the far end of the labels."""
+    rows = [{"text": f"{text} {number}", "label": number} for number, text in enumerate("abcdefgh")]
+    files = {key: str(write_rows(tmp_path / f"{key}.jsonl", rows)) for key in ("train", "validation")}
+    told = Console(file=io.StringIO(), width=500)
+    answers = {"wrote": "Hm"}
+    monkeypatch.setattr(Scorer, "_generate", lambda self, model, prompts, settings: [answers["wrote"]] * len(prompts))
+    for out in ("a", "b"):
+        made = finetune(config(place, tmp_path / out, "t5", {"name": name, **files}, train__steps=1), console=told)
+        warnings = [line for line in told.file.getvalue().splitlines() if line.startswith("warning: no answer")]  # type: ignore[attr-defined]
+        assert len(warnings) == 1  # of the first run alone
+        answers["wrote"] = "3"
+        if out == "a":
+            assert "on validation can be read" in warnings[0]
+            assert "wrote 'Hm', and '0' was due" in warnings[0]
+            assert made.scores is not None
+            assert made.scores.splits["validation"]["unreadable"] == 1.0
+            if name == "regression":
+                assert made.scores.splits["validation"]["mse"] == np.mean([7**2, 6**2, 5**2, 4**2] * 2)

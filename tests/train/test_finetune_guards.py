@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import transformers
 from checkpoints_for_tests import labelled_rows, save_checkpoint, sentences, tokenizer, write_rows
 from finetune_parts import again, config, events, labelled, place, run
 
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.loadconfig import dump_config, load_tree
 from trimtab.methods import registry
 from trimtab.tasks import Written
+from trimtab.tasks.batches import Part
 from trimtab.tasks.encode import Encoder
+from trimtab.train.headobjective import HeadObjective
 from trimtab.train.material import prepare
 
 __all__ = ["place"]  # a fixture
@@ -181,3 +184,46 @@ def test_a_checkpoints_own_way_to_write_changes_no_score(place: Path, tmp_path: 
         written.append((folder / "run" / "answers-validation.jsonl").read_text())
         assert [e["step"] for e in events(folder / "run", "step")] == [1, 2]
     assert written[0] == written[1]
+
+
+def test_a_file_cannot_hold_hidden_states(place: Path, tmp_path: Path) -> None:
+    """It is refused before the run's folder is made."""
+    (tmp_path / "afile").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"^train.cache_hidden: .*afile cannot be used: File exists"):
+        run(place, tmp_path, "bert", labelled(place), "read", train__cache_hidden=tmp_path / "afile")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_torn_checkpoint_is_named_once(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "bert", tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match=r"^model.name: the folder .*torn cannot be read: (?!.*model.name)"):
+        run(tmp_path, tmp_path, "torn", labelled(place))
+
+
+def test_a_run_that_diverged_says_how_to_begin_anew(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its curve stays until the user removes it; with a checkpoint it can be gone on with."""
+    spoiled = {"at": 3}
+    measure = HeadObjective.__call__
+
+    def diverging(self: HeadObjective, part: Part) -> torch.Tensor:
+        spoiled["at"] -= self.model.training
+        return measure(self, part) * (float("nan") if spoiled["at"] < 0 else 1.0)
+
+    monkeypatch.setattr(HeadObjective, "__call__", diverging)
+    folder = tmp_path / "run"
+    with pytest.raises(NonFiniteError, match=rf"step 4: .*; to begin anew .*: rm -r {folder}$"):
+        run(place, tmp_path, "bert", labelled(place))
+    with pytest.raises(ConfigError, match=rf"name: {folder} exists .* remove it \(rm -r {folder}\), or choose another"):
+        run(place, tmp_path, "bert", labelled(place))
+    shutil.rmtree(folder)
+    spoiled["at"] = 3
+    with pytest.raises(NonFiniteError, match=rf"step 4: .*; the run goes on .* with --resume {folder} and what you"):
+        run(place, tmp_path, "bert", labelled(place), checkpoint__every=2)
+    spoiled["at"] = 0
+    with pytest.raises(NonFiniteError, match=r"step 1: .*; the run can begin anew under its name$"):
+        run(place, tmp_path, "bert", labelled(place), name="other")
+    spoiled["at"] = 100
+    assert run(place, tmp_path, "bert", labelled(place), name="other").finished

@@ -146,7 +146,7 @@ def test_a_used_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     refuse_used_folder(tmp_path)  # all that a run leaves that never took a step
     (tmp_path / "metrics.jsonl").write_text('{"event": "step", "step": 1}\n')
-    with pytest.raises(ConfigError, match=r"no checkpoint, so remove it, or choose another name"):
+    with pytest.raises(ConfigError, match=rf"no checkpoint, so remove it \(rm -r {tmp_path}\), or choose another name"):
         refuse_used_folder(tmp_path)
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"--resume .*choose another name"):

@@ -68,7 +68,9 @@ class Conversation:
     def run(self) -> None:
         """Talk until the input ends."""
         self._say("/help lists the commands, Ctrl-D ends the chat")
-        if not self._chat:
+        if not self._chat and self.generator.task is not None:
+            self._say(f"each line by itself is a source of the task {self.generator.task.name}; none is remembered")
+        elif not self._chat:
             self._say("no chat template is in use: the model goes on from each line by itself, and remembers none")
         while True:
             try:

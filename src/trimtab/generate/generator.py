@@ -18,11 +18,14 @@ from trimtab.methods import activate, adapters, load_adapter
 from trimtab.nn.virtual import position_limit
 from trimtab.quiet import quiet_libraries
 from trimtab.settings import check_whole
-from trimtab.tasks.base import Message
+from trimtab.tasks.base import Message, Task, Written
 from trimtab.tasks.chattokens import encode_prompt, end_of_turn, plain_chat
+from trimtab.tasks.encode import Encoder
 
 #: Tokens of an answer, where neither the user nor the model says how many.
 MAX_NEW_TOKENS = 256
+#: Of a prompt, which is measured against the model's positions later, and not cut.
+_ANY_LENGTH = 2**62
 #: Why an answer ended: by itself, after `max_new_tokens`, for want of positions, because somebody stopped it.
 Stop = Literal["end", "length", "positions", "interrupted"]
 #: What is answered: a text that is gone on from, or the messages of a chat.
@@ -103,21 +106,27 @@ class Generator:
     Args:
         model: a causal or an encoder-decoder model of transformers.
         tokenizer: its tokenizer.
+        task: what the model was fine-tuned for: a text is given to it as this task gives a source. None for others.
+        raw: give texts as they stand, with neither the task's prompt nor, unless it is asked for, a chat template.
 
     Attributes:
-        chats: whether the tokenizer has a chat template.
+        chats: whether chats are put into the tokenizer's chat template where nothing else is said: there is one, and
+            the model was not fine-tuned for something else.
+        task: the task whose prompt is put around a text; None for none.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, task: Task | None = None, *, raw: bool = False) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.chats = bool(tokenizer.chat_template)
+        self._templated = bool(tokenizer.chat_template)
+        self.chats = self._templated and not raw and (task is None or task.form == "chat")
+        self.task = task if task is not None and task.has_sources and not raw else None
         self._pair = bool(model.config.is_encoder_decoder)
         stored = getattr(model, "generation_config", None)
         ends = getattr(stored, "eos_token_id", None)
         self._max_new = getattr(stored, "max_new_tokens", None) or MAX_NEW_TOKENS
         own = ends if isinstance(ends, list) else [ends]
         # A base model's config does not know the end of a turn, which an adapter for chats has learned.
-        turn = end_of_turn(tokenizer) if self.chats else None
+        turn = end_of_turn(tokenizer) if self._templated else None
         self._ends = sorted({int(end) for end in (*own, tokenizer.eos_token_id, turn) if end is not None})
         model.eval()
 
@@ -173,13 +182,14 @@ class Generator:
 
         Args:
             asked: a text, or the messages of a chat.
-            chat: put it into the model's chat template, a text as the user's message. None: where there is one.
+            chat: put it into the model's chat template, a text as the user's message. None: as `chats` says. Outside
+                of a template, a text is the source of the task that the model was fine-tuned for, if there is one.
 
         Raises:
-            ConfigError: there is no template, or nothing is asked.
+            ConfigError: there is no template, nothing is asked, or the task makes no source of one text.
             DataError: the template refuses the chat.
         """
-        if chat and not self.chats:
+        if chat and not self._templated:
             raise ConfigError(
                 "the model's tokenizer has no chat template; leave --chat out, and the prompt is gone on from as it is"
             )
@@ -189,6 +199,9 @@ class Generator:
         template = self.chats if chat is None else chat
         if not isinstance(asked, str) and asked[-1].role == "assistant":
             raise ConfigError("the chat ends with an answer of the assistant; end it with the message to be answered")
+        if self.task is not None and isinstance(asked, str) and not template:
+            source = Written(self.task.as_source(asked), ())
+            return Encoder(self.tokenizer, "pair" if self._pair else "causal", _ANY_LENGTH).prompts([source])[0]
         messages = [Message("user", asked)] if isinstance(asked, str) else asked
         if self._pair and not template:  # an encoder reads the end of a text, too
             return list(self.tokenizer(plain_chat(messages, self.tokenizer.eos_token or ""))["input_ids"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -18,13 +18,18 @@ from trimtab.generate.generator import Generator
 from trimtab.methods.folder import CONFIG_FILE
 from trimtab.models.load import load_for_generation
 from trimtab.models.taskmodel import fitting_length, quantize_as, task_tokenizer
+from trimtab.tasks.base import Task
+from trimtab.tasks.registry import parse_task
+
+Found = TypeVar("Found")
 
 
 class Base(NamedTuple):
-    """A checkpoint as a configuration names it, and a run's adapter on it."""
+    """A checkpoint as a configuration names it, a run's adapter on it, and the task that the run was for."""
 
     config: TaskModelConfig
     adapter: Path | None = None
+    task: Task | None = None
 
 
 def open_generator(
@@ -33,6 +38,7 @@ def open_generator(
     *,
     dtype: torch.dtype | None = None,
     device: str = "auto",
+    raw: bool = False,
 ) -> Generator:
     """Load a model with its tokenizer and adapters; the first of these is at work.
 
@@ -42,6 +48,7 @@ def open_generator(
         adapters: adapter folders by the names that they get.
         dtype: of the weights; None is bf16 on a GPU and fp32 on a CPU.
         device: "auto" (a GPU where there is one), "cpu", "cuda", or "cuda:1".
+        raw: of a fine-tuning run, give texts as they stand, not as the source of its task (see `Generator`).
 
     Raises:
         ConfigError: there is no such model, it cannot be reached or read or writes nothing; an adapter's name is taken.
@@ -56,7 +63,7 @@ def open_generator(
         fitting_length(found.config, model.config, tokenizer, None)
         quantize_as(found.config, model, dtype)
         model.to(where)
-    generator = Generator(model, tokenizer)
+    generator = Generator(model, tokenizer, found.task, raw=raw)
     wanted = {"run": found.adapter} if found.adapter is not None else {}
     for name in wanted.keys() & (adapters or {}).keys():
         raise ConfigError(f"the run's own adapter is called {name!r}; give the other one another name, NAME=PATH")
@@ -90,20 +97,28 @@ def find_base(base: str) -> Base:
             raise ConfigError(
                 f"BASE: {base} is a run whose model classifies and writes nothing; score it: trimtab eval"
             )
-        if (model / "config.json").is_file():
-            return Base(TaskModelConfig(name=str(model)))  # merged, or trained in full
+        if (model / "config.json").is_file():  # merged, or trained in full
+            return Base(TaskModelConfig(name=str(model)), task=_section(folder, tree, "task", parse_task))
         if adapter.is_dir():
-            try:
-                return Base(TaskModelConfig.model_validate(tree.get("model")), adapter)
-            except ValidationError as error:
-                said = error.errors()[0]
-                key = ".".join(map(str, ("model", *said["loc"])))
-                raise ConfigError(f"BASE: {folder / 'config.yaml'}: {key}: {said['msg']}") from error
+            config = _section(folder, tree, "model", TaskModelConfig.model_validate)
+            return Base(config, adapter, _section(folder, tree, "task", parse_task))
     elif (model / "config.json").is_file():
         return Base(TaskModelConfig(name=str(model)), adapter if adapter.is_dir() else None)
     raise ConfigError(
         f"BASE: {base} is a run that is not complete: it holds no model yet; go on with it by --resume {base}"
     )
+
+
+def _section(folder: Path, tree: dict[str, Any], key: str, read: Callable[[Any], Found]) -> Found:
+    """A section of a run's configuration."""
+    try:
+        return read(tree.get(key))
+    except ValidationError as error:
+        said = error.errors()[0]
+        where, text = ".".join(map(str, (key, *said["loc"]))), said["msg"]
+    except ConfigError as error:
+        where, text = key, str(error)
+    raise ConfigError(f"BASE: {folder / 'config.yaml'}: {where}: {text}")
 
 
 def _classifies(model: Path) -> bool:

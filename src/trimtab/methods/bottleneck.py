@@ -96,13 +96,12 @@ class BottleneckAdapter(FrozenBaseAdapter):
             self._targets = sublayer_outputs(model, attention=both, exclude=config.exclude)
         else:
             self._targets = find_targets(model, config.targets, config.exclude)
-        for name, module in self._targets.items():
-            width = shape_of(module)[0]
-            if config.size > width:
-                raise ConfigError(
-                    f"size = {config.size} is above the width of {name}, {width}: no bottleneck is left; use a size of "
-                    f"at most {width} or exclude=['{name}']"
-                )
+        name, width = min(((name, shape_of(m)[0]) for name, m in self._targets.items()), key=lambda found: found[1])
+        if config.size > width:
+            raise ConfigError(
+                f"size = {config.size} is above the width of {name}, {width}: no bottleneck is left; use a size of at "
+                f"most {width} (size={max(1, width // 4)} is a quarter of it) or exclude=['{name}']"
+            )
         self._begin()
         self._draw()
 

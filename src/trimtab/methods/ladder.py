@@ -77,6 +77,15 @@ class Ladder(Beside):
         return LadderAdapter(model, self, residence)
 
 
+def _divides(config: Any, reduction: int) -> bool:
+    """Whether a side network can be so much narrower."""
+    try:
+        reduced_config(config, reduction)
+    except ConfigError:
+        return False
+    return True
+
+
 class SideEncoded(Encoded):
     """What passes from the side network beside the encoder to the one beside the decoder: its last hidden states."""
 
@@ -100,7 +109,7 @@ class LadderAdapter(BesideAdapter):
         for number, stack in enumerate(self._stacks):
             kept = self._kept(stack)
             config = config_of(stack, self.model)
-            small = reduced_config(config, self.config.reduction)
+            small = self._reduced(config)
             made = reduced_owner(stack, small, self.model, stable_generator(self._seed, "blocks", stack.name))
             leaf = stack.name.rpartition(".")[2]
             blocks = {at: made.get_submodule(f"{leaf}.{at}") for at in kept}
@@ -124,6 +133,21 @@ class LadderAdapter(BesideAdapter):
         for stack, side in zip(self._stacks, sides, strict=True):
             self._hold(stack, side)
         return sides
+
+    def _reduced(self, config: Any) -> Any:
+        """The config of a side network.
+
+        Raises:
+            ConfigError: the widths cannot be divided so; the message has the largest reduction by which all can.
+        """
+        try:
+            return reduced_config(config, self.config.reduction)
+        except ConfigError as error:
+            every = [config_of(stack, self.model) for stack in self._stacks]
+            for reduction in range(min(self.config.reduction, config.hidden_size), 0, -1):
+                if all(_divides(one, reduction) for one in every):
+                    raise ConfigError(f"{error}, such as reduction={reduction}") from None
+            raise
 
     @property
     def no_cache(self) -> str:

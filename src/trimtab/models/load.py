@@ -176,6 +176,8 @@ def _load(
 ) -> PreTrainedModel:
     try:
         model, missing = load_with(kind, name, dtype=dtype)
+    except ConfigError:  # a ValueError, too, and it says all already
+        raise
     except ValueError as error:
         raise _not_of_kind(name, read_config(name), what, error) from None
     if missing:

@@ -165,6 +165,8 @@ def _loaded(
             model, missing = load_with(
                 model_class(reading), config.name, dtype=dtype, **settings, ignore_mismatched_sizes=reading == "head"
             )
+        except ConfigError:  # a ValueError, too, and it says all already
+            raise
         except ValueError as error:
             first = (str(error).strip().splitlines() or [""])[0]
             raise ConfigError(f"model.name: {config.name} cannot be built for this task: {first}") from error

@@ -72,9 +72,10 @@ class Schedule:
         for origin in origins:
             end = start if origin == 0 and start else (self.restarts[0] if self.restarts else total)
             if self.warmup_steps > end - origin:
+                what = "run" if end == total else "warm start" if end == start else "cycle"
                 raise ConfigError(
                     f"warmup_steps = {self.warmup_steps} is longer than the stretch from step {origin} to step "
-                    f"{end} that it opens; shorten the warm-up or lengthen the cycle"
+                    f"{end} that it opens; shorten the warm-up or lengthen the {what}"
                 )
         cuts = (start, *self.restarts, total) if start else (0, *self.restarts, total)
         if any(low >= high for low, high in pairwise(cuts)):

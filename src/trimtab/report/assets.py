@@ -36,7 +36,7 @@ border-radius:4px;overflow-wrap:anywhere}
 .many{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,290px),1fr));gap:1.5rem 1.4rem;
 margin-top:1rem}
 .chart{margin:0;min-width:0}
-.chart+.chart,.pair+.chart,.chart+.pair{margin-top:1.7rem}
+.chart+.chart,.pair+.chart,.chart+.pair,.scroll+.chart,.chart+.scroll{margin-top:1.7rem}
 .pair .chart,.many .chart{margin-top:0}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.8rem;color:var(--soft);margin:.15rem 0 .5rem;
 align-items:center}

@@ -162,9 +162,9 @@ def _round(value: float, *, up: bool) -> float:
 
 def memory_bars(phases: list[Phase]) -> str:
     """One stacked bar a phase; what lies in host memory is drawn last and paler."""
-    if not any(phase.memory for phase in phases):
+    keys = list(dict.fromkeys(key for phase in phases for key, size in phase.memory.items() if size))
+    if not keys:
         return ""
-    keys = list(dict.fromkeys(key for phase in phases for key in phase.memory))
     keys.sort(key=lambda key: key.endswith("_host"))
     widest = max(sum(phase.memory.values()) for phase in phases) or 1
     colour = {key: f"var(--m{index % 4 + 1})" for index, key in enumerate(keys)}

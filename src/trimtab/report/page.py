@@ -253,8 +253,8 @@ def _curves(run: RunFolder) -> str:
 def _memory(run: RunFolder) -> str:
     if not run.phases:
         return "<p>parameters.json is missing: it is written before the first step.</p>"
-    groups = list(dict.fromkeys(key for phase in run.phases for key in phase.groups))
-    kinds = list(dict.fromkeys(key for phase in run.phases for key in phase.memory))
+    groups = list(dict.fromkeys(key for phase in run.phases for key, count in phase.groups.items() if count))
+    kinds = list(dict.fromkeys(key for phase in run.phases for key, size in phase.memory.items() if size))
     rows = [
         [
             phase.name,

@@ -144,6 +144,19 @@ class Task(Settings, abc.ABC):
         """How its papers generate, as settings of `transformers`' `generate`; empty where any way will do."""
         return {}
 
+    @property
+    def has_sources(self) -> bool:
+        """Whether a model that writes is given a source and answers, as against chats and texts to go on with."""
+        return self.form in ("class", "number", "text")
+
+    def as_source(self, text: str) -> str:
+        """A text of a user's own as `load` (or `as_text`) makes a source of one: with the task's prompt around it.
+
+        Raises:
+            ConfigError: a source is made of more than one text, or not of any.
+        """
+        return text
+
     def as_text(self, example: Labelled, labels: Sequence[str]) -> Written:
         """A labelled example for a model that writes; the reference is the word of its label.
 

@@ -152,7 +152,7 @@ def messages_of(row: Row, setting: str) -> list[Message]:
 
 
 def _sharegpt(row: Row, setting: str) -> list[Message]:
-    return _turns(row, setting, _LISTS, "from", "value", _SHAREGPT_ROLES)
+    return _turns(row, setting, _LISTS[::-1], "from", "value", _SHAREGPT_ROLES)
 
 
 def _prompt(row: Row, setting: str) -> list[Message]:

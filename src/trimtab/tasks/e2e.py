@@ -119,6 +119,16 @@ class E2E(Task):
         references = [cast(Written, example).references for example in examples]
         return score_generated(texts, references, meteor_jar=self.meteor_jar, tokenizer_jar=self.tokenizer_jar)
 
+    def as_source(self, text: str) -> str:
+        """Attributes as the official files write them, or as LoRA's do (`name : Blue Spice | ...`), which stay so."""
+        text = _mend(text)
+        if self.source_form == "official" or not _SLOT.match(text):
+            return text
+        try:
+            return _as_lora(text, "the attributes")
+        except DataError as error:
+            raise ConfigError(str(error)) from error
+
     def _check_tools(self) -> None:
         """Find out before training what scoring will need after it."""
         need("sacrebleu", "the task e2e")

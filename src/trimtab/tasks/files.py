@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from trimtab.data.sources import is_validation
 from trimtab.errors import ConfigError, DataError
@@ -52,8 +52,15 @@ class FileTask(Task):
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     max_train: PositiveInt | None = None
     max_eval: PositiveInt | None = None
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    delimiter: str | None = None
     quotes: bool = True
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        if value is not None and (len(value) != 1 or value in '\r\n"'):
+            raise ValueError(f"{value!r} is no delimiter: give one character, neither a line's end nor a double quote")
+        return value
 
     @model_validator(mode="after")
     def _one_validation(self) -> Self:
@@ -180,10 +187,12 @@ class LabelledFileTask(FileTask):
 
     @model_validator(mode="after")
     def _columns_and_prompt(self) -> Self:
-        columns = self._columns()
-        for name in columns:
-            if columns.count(name) > 1:
-                raise ConfigError(f"text, pair and label are three columns; {name!r} is given twice")
+        seen: dict[str, str] = {}
+        for key in ("text", "pair", "label"):
+            column = getattr(self, key)
+            if column is not None and column in seen:
+                raise ConfigError(f"{key} = {column!r}: is the column of the {seen[column]} already; give another")
+            seen[column] = key
         if self.prompt is not None:
             check_template(self.prompt, "prompt", ["text"] if self.pair is None else ["text", "pair"])
         return self
@@ -205,6 +214,11 @@ class LabelledFileTask(FileTask):
         prompt = self.prompt or ("{text}\n" if self.pair is None else "{text}\n{pair}\n") + self.asks
         return prompt.format(text=example.text, pair=example.pair)
 
+    def as_source(self, text: str) -> str:
+        if self.pair is not None:
+            raise two_texts(self.name)
+        return self._source(Labelled(text, None, None))
+
     def as_text(self, example: Labelled, labels: Sequence[str]) -> Written:
         word = () if example.label is None else (self._word(example.label, labels),)
         return Written(self._source(example), word)
@@ -212,6 +226,14 @@ class LabelledFileTask(FileTask):
     @abc.abstractmethod
     def _word(self, label: float, labels: Sequence[str]) -> str:
         """A label in writing."""
+
+
+def two_texts(task: str) -> ConfigError:
+    """The error for one text where a task's sources have two."""
+    return ConfigError(
+        f"the task {task} reads two texts, and one is given; write all that the model is to read, prompt included, and "
+        "give it with --raw"
+    )
 
 
 def same(text: str, pair: str | None = None) -> str:

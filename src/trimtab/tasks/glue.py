@@ -13,6 +13,7 @@ from trimtab.errors import ConfigError, DataError
 from trimtab.settings import HubSource
 from trimtab.tasks import metrics
 from trimtab.tasks.base import Convention, Example, Form, Headline, Labelled, Loaded, Prediction, Task, Written
+from trimtab.tasks.files import two_texts
 from trimtab.tasks.gluelayout import SUBSETS, Subset
 from trimtab.tasks.rows import Layout, Row, Sources, read_rows, text_of
 from trimtab.tasks.words import class_of, number_of
@@ -186,6 +187,11 @@ class GLUE(Task):
             return number
         known = f"one of {', '.join(names)} or its number from 0" if names else "a number from 0 to 5"
         raise DataError(f"{where} holds {value!r}, not {known}")
+
+    def as_source(self, text: str) -> str:
+        if len(self._of.columns) > 1:
+            raise two_texts(f"{self.name} {self.subset}")
+        return self.as_text(Labelled(text, None, None), self._of.labels).source
 
     def as_text(self, example: Labelled, labels: Sequence[str]) -> Written:
         """As T5 was given it (arXiv 1910.10683, appendix D), columns by alphabet: "mnli hypothesis: ... premise: ...".

@@ -11,10 +11,10 @@ from trimtab.tasks.rows import Layout, Row, text_of
 
 
 class Language(FileTask):
-    """Texts: each a row, or a whole .txt file.
+    """Texts: each a row, or a whole file: .txt in a folder, and any that holds no rows where it is named by itself.
 
     Args:
-        text: the column of the text; .txt files need none.
+        text: the column of the text; files that are texts need none.
     """
 
     name: Literal["language"] = "language"

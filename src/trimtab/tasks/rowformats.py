@@ -53,7 +53,8 @@ class Layout(NamedTuple):
         delimiter: between the fields of a .csv or .tsv; None is a comma for .csv and a tab for .tsv.
         quotes: whether a double quote at the beginning of a field encloses it (RFC 4180), or is a character.
         header: names of the columns of a .csv or .tsv whose first line is a row; None where that names them.
-        text_files: read .txt files too, each as one row with this column.
+        text_files: read .txt files too, each as one row with this column; and a file of no known kind that is named
+            by itself.
     """
 
     delimiter: str | None = None
@@ -155,6 +156,8 @@ def _table(path: str, kind: str, columns: list[str] | None, layout: Layout, skip
             strict=True,
         )
         names = list(layout.header or _next(reader, path, []) or [])
+        if not names:
+            raise DataError(f"{path}: is empty, or its first line is: the names of the columns stand there")
         _check_header(names, f"{path}:{max(1, reader.line_num)}", columns)
         while True:
             line = reader.line_num + 1

@@ -136,6 +136,8 @@ def _files(source: str, setting: str, layout: Layout) -> Iterator[tuple[Path, st
     known = ", ".join([*KINDS, ".txt"] if layout.text_files else KINDS)
     if path.is_file():
         kind = kind_of(path, layout)
+        if kind is None and layout.text_files and not path.name.lower().endswith((".gz", ".zst")):
+            kind = "txt"  # a file that is named by itself is a text whatever its ending; in a folder it may be anything
         if kind is None:
             raise DataError(f"{source!r} is no file of a known kind ({known})")
         yield path, kind

@@ -36,7 +36,7 @@ class Seq2Seq(FileTask):
     @model_validator(mode="after")
     def _columns_and_prompt(self) -> Self:
         if self.source == self.target:
-            raise ConfigError(f"source and target are two columns; both are {self.source!r}")
+            raise ConfigError(f"target = {self.target!r}: is the column of the source already; give another")
         check_template(self.prompt, "prompt", ["source"])
         return self
 
@@ -57,7 +57,10 @@ class Seq2Seq(FileTask):
         else:
             each = [row]
         targets = tuple(text_of(one, self.target, setting) for one in each)
-        return Item(row.where, same(source), Written(self.prompt.format(source=source), targets))
+        return Item(row.where, same(source), Written(self.as_source(source), targets))
+
+    def as_source(self, text: str) -> str:
+        return self.prompt.format(source=text)
 
     def _example(self, item: Item, setting: str, labels: Sequence[str]) -> Example:
         example: Written = item.value

@@ -181,6 +181,18 @@ def naming_the_setting() -> Iterator[None]:
         raise type(error)(f"train.cache_hidden: {error}") from error
 
 
+def check_place(folder: Path | None) -> None:
+    """Refuse a path that can hold no cache, before anything is made (the run's folder, say).
+
+    Raises:
+        ConfigError: it holds something else.
+        CheckpointError: it cannot be made or read, or is damaged.
+    """
+    if folder is not None:
+        with naming_the_setting():
+            look_into(folder.expanduser())
+
+
 def check_cache(config: PretrainConfig, adapter: Adapter) -> int:
     """Bytes of a token in the cache that a run asks for, from its adapter on a model of any kind.
 

@@ -172,6 +172,8 @@ class _Run(Session[FinetuneConfig]):
         log.event(
             {"event": "eval", "step": step, "final": True, "merged": merged, "kept_step": kept, **scores.record()}
         )
+        if scores.warning:
+            say(self.console, f"warning: {scores.warning}")
         self._write_results(scores, step, kept)
         self.note_peak()
         write_report(self.folder)
@@ -215,7 +217,7 @@ class _Run(Session[FinetuneConfig]):
         try:
             replace_text(self.folder / "results.json", json.dumps(jsonable(results), indent=1))
             for split, answers in scores.answers.items():
-                lines = (json.dumps({"answer": answer}, ensure_ascii=False) + "\n" for answer in answers)
+                lines = (json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in answers)
                 replace_text(self.folder / f"answers-{split}.jsonl", "".join(lines))
         except OSError as error:
             raise CheckpointError(f"{self.folder}: the results cannot be written: {error.strerror or error}") from error

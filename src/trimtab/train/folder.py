@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -32,10 +33,26 @@ def refuse_used_folder(folder: Path) -> None:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         return
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        checkpoints = folder / "checkpoints"
-        resumable = checkpoints.is_dir() and any(checkpoints.iterdir())
-        way_out = f"continue that run with --resume {folder}" if resumable else "it has no checkpoint, so remove it"
+        way_out = (
+            f"continue that run with --resume {folder}"
+            if _resumable(folder)
+            else f"it has no checkpoint, so remove it (rm -r {shlex.quote(str(folder))})"
+        )
         raise ConfigError(f"name: {folder} exists and is not empty; {way_out}, or choose another name")
+
+
+def way_on(folder: Path) -> str:
+    """What to type after a run has broken off: to go on with it, or to begin it anew under its name."""
+    if _resumable(folder):
+        return f"the run goes on from its newest checkpoint with --resume {folder} and what you change"
+    if _never_began(folder):
+        return "the run can begin anew under its name"
+    return f"to begin anew under this name, remove what it left: rm -r {shlex.quote(str(folder))}"
+
+
+def _resumable(folder: Path) -> bool:
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(checkpoints.iterdir())
 
 
 def _never_began(folder: Path) -> bool:

@@ -26,10 +26,12 @@ from trimtab.models.taskmodel import (
     shadow_task_model,
     task_tokenizer,
 )
+from trimtab.naming import named
 from trimtab.tasks.base import Example, Labelled, Loaded, Task
 from trimtab.tasks.batches import Collate, ExampleBatches, LayCausal, PadHead, PadPairs
 from trimtab.tasks.encode import Encoder, Reading
 from trimtab.train import randomstate
+from trimtab.train.cached import check_place
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.objective import Objective
 from trimtab.train.packed import packing_fault
@@ -118,8 +120,10 @@ def prepare(config: FinetuneConfig) -> Material:
         TrimtabError: what is wrong, in one line.
     """
     given_by_user = config
+    check_place(config.train.cache_hidden)
     config, hf, reading, tokenizer = open_parts(config)
-    loaded = config.task.load()  # runs with other seeds are scored on the same examples
+    with named("task", config.task):
+        loaded = config.task.load()  # runs with other seeds are scored on the same examples
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
     method = config.method.for_finetuning(config.seed, new_head=reading == "head")
     trained = _check_method(config, method, shadow_task_model(config.model, hf, reading, settings))
@@ -136,7 +140,7 @@ def prepare(config: FinetuneConfig) -> Material:
     train: list[Example] = list(loaded.splits["train"])
     written = as_written(config.task, reading, loaded, train)
     encoded = encoder(written, "train")
-    if reading != "head" and config.task.form in ("class", "number", "text"):
+    if reading != "head" and config.task.has_sources:
         _check_words(config.task, loaded, tokenizer)
         longest = config.task.decoding.get("max_new_tokens", int(encoded.due.max()))
         if config.eval.max_new_tokens is None:  # in the run's folder it stands, so that others score alike
@@ -186,16 +190,7 @@ def collate_for(reading: Reading, tokenizer: Any, hf: Any, name: str, data: Exam
 
 def _idle(config: FinetuneConfig, reading: Reading, examples: int) -> list[str]:
     """Settings that were given and have no effect on this task with this model, a line each."""
-    notes = []
-    writes = reading != "head" and config.task.form in ("class", "number", "text")
-    if not writes:
-        why = "has no effect: the model writes no answers"
-        notes += [f"eval.{key} {why}" for key in given(config.eval, "beams", "max_new_tokens")]
-        if "prompt" in type(config.task).model_fields:
-            notes += [f"task.{key} {why}" for key in given(config.task, "prompt")]
-    if type(config.task).headline is Task.headline:
-        why = f"has no effect: the task {config.task.name} is reported in one way"
-        notes += [f"eval.{key} {why}" for key in given(config.eval, "report")]
+    notes = idle_in_scoring(config, reading)
     if reading != "causal":
         notes += [f"data.{key} has no effect: only causal models are packed" for key in given(config.data, "packing")]
     elif config.data.packing:
@@ -204,6 +199,21 @@ def _idle(config: FinetuneConfig, reading: Reading, examples: int) -> list[str]:
         notes.append(
             f"train.batch = {config.train.batch} is more than the {examples} examples, which are all of a step"
         )
+    return notes
+
+
+def idle_in_scoring(config: FinetuneConfig | ScoreConfig, reading: Reading) -> list[str]:
+    """Those of them that say how answers are asked for and reported."""
+    notes = []
+    writes = reading != "head" and config.task.has_sources
+    if not writes:
+        why = "has no effect: the model writes no answers"
+        notes += [f"eval.{key} {why}" for key in given(config.eval, "beams", "max_new_tokens")]
+        if "prompt" in type(config.task).model_fields:
+            notes += [f"task.{key} {why}" for key in given(config.task, "prompt")]
+    if type(config.task).headline is Task.headline:
+        why = f"has no effect: the task {config.task.name} is reported in one way"
+        notes += [f"eval.{key} {why}" for key in given(config.eval, "report")]
     return notes
 
 
@@ -228,7 +238,8 @@ def _check_method(config: FinetuneConfig, method: Method, shadow: nn.Module) -> 
     """The names of what trains at first, if the method fits."""
     dtype = DTYPES[config.dtype]
     try:
-        adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
+        with named("method", method):
+            adapter = attach(shadow, method, dtype=dtype, pure=config.pure)
     except ConfigError as error:
         if config.model.quantize is None:
             raise

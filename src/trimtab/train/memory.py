@@ -106,7 +106,7 @@ def measured_peak(device: torch.device) -> dict[str, int]:
 
 
 def phase_table(phases: list[dict[str, Any]]) -> Table:
-    """Parameters and memory of each phase, a column each."""
+    """Parameters and memory of each phase, a column each; what no phase has is left out."""
     table = Table(title="Parameters and memory", title_justify="left")
     table.add_column("")
     for row in phases:
@@ -114,12 +114,14 @@ def phase_table(phases: list[dict[str, Any]]) -> Table:
     for key in ("total", "trainable"):
         table.add_row(f"{key} parameters", *(f"{row[key]:,}" for row in phases))
     for group in phases[0]["groups"]:
-        table.add_row(f"  {group}", *(f"{row['groups'][group]:,}" for row in phases))
+        if any(row["groups"][group] for row in phases):
+            table.add_row(f"  {group}", *(f"{row['groups'][group]:,}" for row in phases))
     labels = {
         "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state", "carry_host": "carry (host)",
     }  # fmt: skip
     for key, label in labels.items():
-        table.add_row(label, *(size_text(row["memory"][key]) for row in phases))
+        if any(row["memory"][key] for row in phases):
+            table.add_row(label, *(size_text(row["memory"][key]) for row in phases))
     table.add_row("together (no activations)", *(size_text(sum(row["memory"].values())) for row in phases))
     return table
 

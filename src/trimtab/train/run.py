@@ -27,7 +27,7 @@ from trimtab.preflight import preflight
 from trimtab.report.page import write_report
 from trimtab.report.tokenbar import token_bar
 from trimtab.train import randomstate
-from trimtab.train.cached import CachedLoss, open_cache
+from trimtab.train.cached import CachedLoss, check_place, open_cache
 from trimtab.train.checkpoint import Checkpoint
 from trimtab.train.evaluate import EvalResult, evaluate
 from trimtab.train.folder import save_model, sole_user
@@ -53,6 +53,7 @@ def pretrain(config: PretrainConfig, *, resume: Path | None = None, console: Con
     with ExitStack() as stack:
         begun = begin(config, resume, console, stack)
         if begun.checkpoint is None:
+            check_place(config.train.cache_hidden)
             preflight(config)
         return _Run(begun.config, begun.folder, console, begun.damaged).go(begun.checkpoint, stack)
 

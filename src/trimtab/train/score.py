@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import nn
 
-from trimtab.config import DTYPES
+from trimtab.config import DTYPES, given
 from trimtab.errors import CheckpointError, ConfigError
-from trimtab.finetuneconfig import FinetuneConfig, ScoreConfig, is_finetuning
+from trimtab.finetuneconfig import FinetuneConfig, ScoreConfig, TaskEvalConfig, is_finetuning
 from trimtab.loadconfig import load_tree
 from trimtab.methods.registry import load_adapter
 from trimtab.models.taskmodel import build_task_model, head_settings
+from trimtab.naming import named
 from trimtab.tasks.base import Loaded
 from trimtab.tasks.encode import Encoder, Reading
 from trimtab.train.headobjective import HeadObjective
-from trimtab.train.material import collate_for, open_parts
+from trimtab.train.material import collate_for, idle_in_scoring, open_parts
 from trimtab.train.objective import Objective
 from trimtab.train.scoring import Scorer, Scores
 from trimtab.train.session import device_of
 
 #: Beside an adapter with a head: the names of its classes, in the order of their numbers.
 LABELS = "labels.json"
+#: What of `eval` decides about a training alone.
+_OF_TRAINING = ("every", "patience", "keep_best")
 
 
-def score(config: ScoreConfig) -> Scores:
+def score(config: ScoreConfig, note: Callable[[str], None] = lambda text: None) -> Scores:
     """Score a model as `config` says; nothing is written.
+
+    Args:
+        config: what is scored on what.
+        note: gets what a user should know, a sentence each.
 
     Raises:
         TrimtabError: whatever a user can mend, in one line.
     """
     config, hf, reading, tokenizer = open_parts(config)
-    loaded = config.task.load(training=False)
+    for key in given(config.eval, *_OF_TRAINING):
+        note(f"eval.{key} has no effect: nothing is trained")
+    for text in idle_in_scoring(config, reading):
+        note(text)
+    with named("task", config.task):
+        loaded = config.task.load(training=False)
     if not loaded.scored:
         raise ConfigError("task: there is no split to score; give task.validation or task.test")
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
@@ -76,7 +89,8 @@ def of_run(folder: Path) -> dict[str, Any]:
     kept = ("task", "data", "loss", "eval", "device", "dtype", "seed")
     dumped = config.model_dump(mode="json")
     found: dict[str, Any] = {key: dumped[key] for key in kept}
-    found["eval"]["examples"] = None  # that is for evaluations while training
+    for key in ("examples", *_OF_TRAINING):  # those are for evaluations while training
+        found["eval"][key] = TaskEvalConfig.model_fields[key].default
     return found | {"model": model, "adapter": str(adapter) if adapter.is_dir() else None}
 
 
@@ -110,11 +124,11 @@ def _model(config: ScoreConfig, reading: Reading, settings: dict[str, Any]) -> n
     model.to(device_of(config.device))
     if config.model.quantize is None:  # codes of 4 bits know what they compute in
         model.to(dtype)
-    given: set[str] = set()
+    of_adapter: set[str] = set()
     if config.adapter is not None:
         adapter = load_adapter(model, config.adapter)
-        given = {entry.name for entry in adapter.trainable()}
-    if lacking := [name for name in new if name not in given]:
+        of_adapter = {entry.name for entry in adapter.trainable()}
+    if lacking := [name for name in new if name not in of_adapter]:
         where = config.model.name if config.adapter is None else f"{config.model.name} with {config.adapter}"
         raise ConfigError(
             f"model.name: {where} has no head for this task ({lacking[0]} would be random); fine-tune it first, or "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLog
 
 from trimtab.finetuneconfig import TaskEvalConfig
 from trimtab.methods.attached import adapters
+from trimtab.naming import named
 from trimtab.nn.virtual import position_limit
 from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Example, Headline, Labelled, Loaded, Prediction, Task, Written
@@ -30,6 +31,14 @@ from trimtab.train.objective import eval_mode
 _LONGEST_ANSWER = 256
 
 
+class Answered(NamedTuple):
+    """What a model was given, all that would be right, and what it wrote."""
+
+    source: str
+    references: tuple[str, ...]
+    answer: str
+
+
 @dataclass(frozen=True)
 class Scores:
     """Scores by split and metric; `loss` is among them.
@@ -37,12 +46,24 @@ class Scores:
     Attributes:
         splits: by split, by the name of the metric.
         headline: the one figure.
-        answers: by split, what the model wrote; nothing of models with a head.
+        answers: by split, what the model wrote for each example, in their order; nothing of models with a head.
     """
 
     splits: Mapping[str, Mapping[str, float]]
     headline: Headline
-    answers: Mapping[str, Sequence[str]]
+    answers: Mapping[str, Sequence[Answered]]
+
+    @property
+    def warning(self) -> str:
+        """What a user should know of the answers, in a line; empty where they can be read."""
+        mute = [split for split, row in self.splits.items() if row.get("unreadable") == 1.0]
+        if not mute:
+            return ""
+        first = self.answers[mute[0]][0]
+        return (
+            f"no answer on {', '.join(mute)} can be read as a label, so each counts as wrong; to "
+            f"{first.source[-60:]!r} the model wrote {first.answer[:60]!r}, and {first.references[0]!r} was due"
+        )
 
     def record(self) -> dict[str, Any]:
         """As a record of metrics.jsonl: the figures of the first split under their names, and all of them."""
@@ -103,7 +124,7 @@ class Scorer:
             final: score the split "test", too; it chooses nothing, so it need not be scored before the end.
         """
         splits: dict[str, dict[str, float]] = {}
-        answers: dict[str, list[str]] = {}
+        answers: dict[str, list[Answered]] = {}
         with eval_mode(model), torch.no_grad():
             for split, every in self._examples.items():
                 if split == "test" and not final and len(self._examples) > 1:
@@ -116,12 +137,12 @@ class Scorer:
                 if self.reading == "head":
                     assert isinstance(objective, HeadObjective)
                     predictions = self._predict(model, objective, data, len(chosen))
-                    found = {**self.task.score(split, predictions, chosen), **found}
-                elif self.task.form in ("class", "number", "text"):
-                    written = self._write(model, chosen)
-                    answers[split] = written
+                    found = {**self._score(split, predictions, chosen), **found}
+                elif self.task.has_sources:
+                    answers[split] = self._write(model, chosen)
+                    written = [one.answer for one in answers[split]]
                     read = self._read(written)
-                    found = {**self.task.score(split, read, chosen), **found}
+                    found = {**self._score(split, read, chosen), **found}
                     if self.task.form != "text":  # each counts as wrong, which a score alone does not tell
                         found["unreadable"] = sum(answer is None for answer in read) / len(read)
                 splits[split] = found
@@ -151,9 +172,10 @@ class Scorer:
                 found[row] = value
         return found
 
-    def _write(self, model: Any, examples: Sequence[Example]) -> list[str]:
+    def _write(self, model: Any, examples: Sequence[Example]) -> list[Answered]:
         """What the model writes for each example, in their order."""
-        asked = as_written(self.task, self.reading, self.loaded, examples)
+        of_task = as_written(self.task, self.reading, self.loaded, examples)
+        asked = [example for example in of_task if isinstance(example, Written)]
         settings: dict[str, Any] = {"max_new_tokens": _LONGEST_ANSWER, **self.task.decoding}
         if self.options.beams is not None:
             settings["num_beams"] = self.options.beams
@@ -161,14 +183,14 @@ class Scorer:
             settings["max_new_tokens"] = self.options.max_new_tokens
         limit = position_limit(model)
         most = None if limit is None else max(limit - int(settings["max_new_tokens"]), 1)
-        prompts = self.encoder.prompts([e for e in asked if isinstance(e, Written)], most)
+        prompts = self.encoder.prompts(asked, most)
         order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
         written = [""] * len(prompts)
         for start in range(0, len(order), self.options.batch):
             rows = order[start : start + self.options.batch]
             for row, text in zip(rows, self._generate(model, [prompts[n] for n in rows], settings), strict=True):
                 written[row] = text
-        return written
+        return [Answered(*example, answer) for example, answer in zip(asked, written, strict=True)]
 
     def _generate(self, model: Any, prompts: Sequence[Sequence[int]], settings: Mapping[str, Any]) -> list[str]:
         tokenizer, device = self.encoder.tokenizer, next(model.parameters()).device
@@ -206,6 +228,11 @@ class Scorer:
             model.generation_config = own
         new = out[:, width:] if self.reading == "causal" else out
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _score(self, split: str, found: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
+        """The task's own metrics."""
+        with named("task", self.task):
+            return self.task.score(split, found, examples)
 
     def _read(self, written: Sequence[str]) -> list[Prediction]:
         """What the answers mean: labels, where the task has some."""

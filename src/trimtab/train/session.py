@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 import trimtab
 from trimtab.config import DTYPES, RunConfig
-from trimtab.errors import CheckpointError, ConfigError, TrimtabError
+from trimtab.errors import CheckpointError, ConfigError, NonFiniteError, TrimtabError
 from trimtab.loadconfig import dump_config
 from trimtab.methods.base import Adapter, Method
 from trimtab.methods.registry import attach
@@ -28,7 +28,7 @@ from trimtab.report.start import write_start
 from trimtab.train import randomstate
 from trimtab.train.checkpoint import Checkpoint, Checkpointer, newest
 from trimtab.train.evaluate import EvalResult
-from trimtab.train.folder import refuse_used_folder, replace_text, sole_user
+from trimtab.train.folder import refuse_used_folder, replace_text, sole_user, way_on
 from trimtab.train.loop import Training, train
 from trimtab.train.memory import measured_peak, phase_row, phase_table, predict_phases, size_text
 from trimtab.train.metrics import MetricsFile, RunLog, tensorboard_writer, truncate
@@ -238,22 +238,25 @@ class Session(Generic[Config]):
             randomstate.seed_all(config.seed)
         for event in parts["adapter"].catch_up(parts["optimizer"]).events if checkpoint else ():
             log.event({"step": start, **event})
-        with StopSignals() as signals, self.progress:
-            step = train(
-                Training(
-                    log=log,
-                    signals=signals,
-                    schedule=config.multiplier(),
-                    lr=config.optim.lr,
-                    warm_start_lr=config.optim.warm_start_lr,
-                    stop_at=config.stop_at,
-                    clip=config.clip,
-                    checkpoint_every=config.checkpoint.every,
-                    device=self.device,
-                    **parts,
-                ),
-                start,
-            )
+        try:
+            with StopSignals() as signals, self.progress:
+                step = train(
+                    Training(
+                        log=log,
+                        signals=signals,
+                        schedule=config.multiplier(),
+                        lr=config.optim.lr,
+                        warm_start_lr=config.optim.warm_start_lr,
+                        stop_at=config.stop_at,
+                        clip=config.clip,
+                        checkpoint_every=config.checkpoint.every,
+                        device=self.device,
+                        **parts,
+                    ),
+                    start,
+                )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}; {way_on(self.folder)}") from error
         return step, signals
 
     def stopped(self, step: int, signals: StopSignals, log: RunLog) -> RunResult:

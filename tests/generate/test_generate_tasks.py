@@ -1,0 +1,140 @@
+"""What a fine-tuning run is asked: the source of its task, as in training; chats in the chat template."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints_for_tests import labelled_rows, save_checkpoint, sentences, write_rows
+from rich.console import Console
+
+from trimtab.cli import main
+from trimtab.errors import ConfigError
+from trimtab.finetuneconfig import FinetuneConfig
+from trimtab.generate import Conversation, Generator, Sampling, open_generator
+from trimtab.loadconfig import load_tree
+from trimtab.tasks.registry import parse_task
+from trimtab.train.finetune import finetune
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints whose tokenizers have a chat template, and sets."""
+    folder = tmp_path_factory.mktemp("asked")
+    for family in ("llama", "t5"):
+        save_checkpoint(folder / family, family)
+    pairs = [{"source": text, "target": text.split()[0]} for text in sentences(40)]
+    write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "labelled.jsonl", labelled_rows(40))
+    write_rows(folder / "chats.jsonl", [{"prompt": text, "completion": text.split()[-1]} for text in sentences(20)])
+    return folder
+
+
+def trained(place: Path, out: Path, family: str, task: dict[str, Any], *more: str) -> Path:
+    words = [f"model.name={place / family}", f"task={json.dumps(task)}", "method={name: lora}", f"out={out}"]
+    words += ["train.steps=3", "optim.lr=0.01", "dtype=fp32", "data.seq_len=120", "eval.max_new_tokens=6", *more]
+    finetune(load_tree(FinetuneConfig, None, words), console=Console(file=io.StringIO()))
+    return out / "run"
+
+
+@pytest.mark.parametrize("save", ["adapter", "merged"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["seq2seq", "classification"])
+def test_a_run_is_asked_as_it_was_scored(family: str, name: str, save: str, place: Path, tmp_path: Path) -> None:
+    """What is typed is the source, whatever template the tokenizer has; the answers are those of the scoring."""
+    column = {"seq2seq": "source", "classification": "text"}[name]
+    file = place / {"seq2seq": "pairs.jsonl", "classification": "labelled.jsonl"}[name]
+    task = {"name": name, "train": str(file), "validation": str(file), "max_eval": 5, "prompt": f"Say: {{{column}}}."}
+    folder = trained(place, tmp_path, family, task, f"save={save}")
+    generator = open_generator(str(folder), device="cpu")
+    assert not generator.chats
+    found = [json.loads(line) for line in (folder / "answers-validation.jsonl").read_text().splitlines()]
+    assert len(found) == 5
+    for row in found:
+        typed = row["source"].removeprefix("Say: ").removesuffix(".")
+        answer = generator.answer(typed, Sampling(max_new_tokens=6, temperature=0, beams=1))
+        assert answer.text.strip() == row["answer"], row
+
+
+def test_raw_gives_it_as_it_stands(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = {"name": "seq2seq", "train": str(place / "pairs.jsonl"), "prompt": "Say: {source}."}
+    folder = str(trained(place, tmp_path, "llama", task))
+    asked, raw = open_generator(folder, device="cpu"), open_generator(folder, device="cpu", raw=True)
+    assert asked.encode("the cat") == raw.encode("Say: the cat.\n") != raw.encode("the cat")
+    assert raw.tokenizer.decode(raw.encode("the cat")) == "the cat"
+    assert "im_start" in raw.tokenizer.decode(asked.encode("the cat", chat=True))
+
+    def told(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", folder, "--device", "cpu", "--max-new-tokens", "4", "--temperature", "0", *words])
+        seen = capsys.readouterr()
+        return seen.err if ended.value.code else seen.out
+
+    assert told("--prompt", "the cat") == told("--raw", "--prompt", "Say: the cat.\n")
+    assert "--raw and --chat exclude each other" in told("--raw", "--chat", "--prompt", "the cat")
+    before, sys.stdin = sys.stdin, io.StringIO("Say: the cat.\n")
+    try:
+        assert told("--raw", "-") == told("--prompt", "the cat")
+    finally:
+        sys.stdin = before
+
+
+def test_a_chat_run_keeps_its_template(place: Path, tmp_path: Path) -> None:
+    folder = trained(place, tmp_path, "llama", {"name": "chat", "train": str(place / "chats.jsonl")})
+    generator = open_generator(str(folder), device="cpu")
+    assert generator.chats and "im_start" in generator.tokenizer.decode(generator.encode("the cat"))
+    raw = open_generator(str(folder), device="cpu", raw=True)
+    assert raw.tokenizer.decode(raw.encode("the cat")) == "the cat"
+
+
+@pytest.mark.parametrize(
+    ("task", "typed", "source"),
+    [
+        ({"name": "seq2seq", "train": "a", "prompt": "sum: {source}"}, "x {y}", "sum: x {y}"),
+        ({"name": "classification", "train": "a"}, "x", "x\nLabel:"),
+        ({"name": "regression", "train": "a", "prompt": "{text}?"}, "x", "x?"),
+        ({"name": "glue", "subset": "sst2"}, "x", "sst2 sentence: x"),
+        ({"name": "e2e"}, "name[Blue Spice], priceRange[£20-25]", "name : Blue Spice | price : £ 20 - 25"),
+        ({"name": "e2e"}, "name : Blue Spice | food : Thai", "name : Blue Spice | food : Thai"),
+        ({"name": "e2e", "source_form": "official"}, "name[A], food[B]", "name[A], food[B]"),
+    ],
+)
+def test_a_text_becomes_a_source(task: dict[str, Any], typed: str, source: str) -> None:
+    assert parse_task(task).as_source(typed) == source
+
+
+@pytest.mark.parametrize(
+    ("task", "typed", "says"),
+    [
+        ({"name": "classification", "train": "a", "pair": "other"}, "x", "reads two texts, and one is given.*--raw"),
+        ({"name": "glue", "subset": "rte"}, "x", "the task glue rte reads two texts"),
+        ({"name": "e2e"}, "name[A], nonsense", "' nonsense' is no list of"),
+    ],
+)
+def test_a_text_that_is_no_source_is_refused(task: dict[str, Any], typed: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_task(task).as_source(typed)
+
+
+def test_a_task_is_taken_up_by_the_generator_alone_that_it_is_given(place: Path) -> None:
+    """A checkpoint by itself is asked as before."""
+    plain = open_generator(str(place / "llama"), device="cpu")
+    assert plain.chats and plain.task is None
+    task = parse_task({"name": "seq2seq", "train": "a", "prompt": "sum: {source}"})
+    assert Generator(plain.model, plain.tokenizer, task).encode("x") == plain.encode("sum: x\n", chat=False)
+
+
+def test_in_a_conversation_each_line_is_a_source(place: Path) -> None:
+    plain = open_generator(str(place / "llama"), device="cpu")
+    task = parse_task({"name": "seq2seq", "train": "a", "prompt": "> {source}"})
+    generator = Generator(plain.model, plain.tokenizer, task)
+    shown: list[str] = []
+    lines = iter(["the cat", "/quit"])
+    sampling = Sampling(max_new_tokens=4, temperature=0)
+    Conversation(generator, sampling, read=lambda _: next(lines), write=shown.append).run()
+    assert "each line by itself is a source of the task seq2seq" in "".join(shown)
+    assert plain.answer("> the cat\n", sampling, chat=False).text in "".join(shown)
