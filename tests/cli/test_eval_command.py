@@ -61,6 +61,21 @@ def test_another_file_can_be_scored(place: Path, tmp_path: Path) -> None:
     assert 0 <= scores["accuracy"] <= 1
 
 
+def test_rows_that_a_run_drew_are_scored_again_and_no_others(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another share, rows that were trained on would be among them."""
+    task = f"task={{name: classification, train: {place}/train.jsonl, validation_share: 0.3}}"
+    words = [f"model.name={place}/bert", task, "method={name: lora}", "train.steps=2", "dtype=fp32"]
+    assert call("finetune", *words, f"out={tmp_path}", "name=drew") == 0
+    own = json.loads((tmp_path / "drew/results.json").read_text())["scores"]["validation"]
+    assert scored(tmp_path / "drew", tmp_path / "a.json") == pytest.approx(own, rel=1e-4)
+    capsys.readouterr()
+    assert call("eval", str(tmp_path / "drew"), "task.validation_share=0.5") == 2
+    assert "on which" in capsys.readouterr().err
+    assert call("eval", str(tmp_path / "drew"), "task.validation_share=0.5", f"task.train={place}/held-out.jsonl") == 0
+
+
 def test_the_perplexity_of_a_text_is_that_of_transformers(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "text.json"
     words = ["eval", str(place / "llama"), "--text", str(place / "text.txt"), "dtype=fp32", "--out", str(out)]
@@ -91,6 +106,7 @@ def test_the_perplexity_of_a_text_is_that_of_transformers(place: Path, tmp_path:
         (["PLACE/bert", "task={name: classification, train: PLACE/train.jsonl}"], "has no head for this task"),
         (["PLACE/llama", "--text", "PLACE/text.txt", "--adapter", "PLACE/run0/adapter"], "adapter"),
         (["PLACE/run0", "task.nonsense=1"], "unknown key"),
+        (["PLACE/run0", "task.validation=null"], "on which PLACE/run0 was trained"),
         (["PLACE/llama", "task={name: clasification, train: a.csv}"], "did you mean classification?"),
     ],
 )
@@ -99,7 +115,7 @@ def test_what_is_wrong_is_one_line(
 ) -> None:
     assert call("eval", *(word.replace("PLACE", str(place)) for word in words)) == 2
     said = capsys.readouterr().err
-    assert says in said
+    assert says.replace("PLACE", str(place)) in said
     assert said.count("\n") == 1
 
 

@@ -17,6 +17,7 @@ from trimtab.methods.registry import load_adapter
 from trimtab.models.taskmodel import build_task_model, head_settings
 from trimtab.tasks.base import Loaded
 from trimtab.tasks.encode import Encoder, Reading
+from trimtab.tasks.files import FileTask
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.material import collate_for, open_parts
 from trimtab.train.objective import Objective
@@ -78,6 +79,22 @@ def of_run(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {key: dumped[key] for key in kept}
     found["eval"]["examples"] = None  # that is for evaluations while training
     return found | {"model": model, "adapter": str(adapter) if adapter.is_dir() else None}
+
+
+def refuse_trained_rows(folder: Path, config: ScoreConfig) -> None:
+    """Where validation is drawn from `task.train`, it has to be drawn as the run did: other rows were trained on.
+
+    Raises:
+        ConfigError: rows that the run in `folder` was trained on would be scored as held out.
+    """
+    own, task = run_config(folder).task, config.task
+    if not (isinstance(own, FileTask) and isinstance(task, FileTask)) or task.validation is not None:
+        return
+    if own.train == task.train and (own.validation, own.validation_share) != (None, task.validation_share):
+        raise ConfigError(
+            f"task.validation = null: rows drawn from task.train would be scored, on which {folder} was trained; leave "
+            "task.validation and task.validation_share as they were, or name other rows"
+        )
 
 
 def run_config(folder: Path) -> FinetuneConfig:
