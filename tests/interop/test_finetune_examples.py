@@ -97,7 +97,8 @@ def test_the_reviews_on_the_real_model(script: ModuleType, tmp_path: Path, monke
         pytest.skip(f"needs {', '.join(script.PIP.get(name, name) for name in lacking)}")
     monkeypatch.chdir(tmp_path)
     assert script.main(["minilm", "reviews"]) == 0
-    done = run("reviews", "train.epochs=null", "train.steps=40", "eval.every=40", "task.max_eval=100", "optim.lr=2e-3")
+    small = ["train.epochs=null", "train.steps=40", "train.batch=8", "eval.every=40", "task.max_eval=100"]
+    done = run("reviews", *small, "optim.lr=2e-3")
     assert done.scores is not None
     assert done.scores.splits["test"]["accuracy"] > 0.6
     assert (done.folder / "report.html").is_file()
