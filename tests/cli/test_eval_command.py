@@ -52,6 +52,16 @@ def test_a_run_has_the_scores_that_it_measured(place: Path, capsys: pytest.Captu
     assert f"{sum(values) / 2:.4g} ± {abs(values[0] - values[1]) / math.sqrt(2):.2g}" in shown
 
 
+def test_in_bf16_a_run_has_the_scores_that_it_measured_to_the_bit(place: Path, tmp_path: Path) -> None:
+    """Rotary frequencies in bf16 would turn position 100 by a tenth of a radian."""
+    task = f"task={{name: language, train: {place}/text.txt, validation: {place}/text.txt}}"
+    words = [f"model.name={place}/llama", task, "method={name: bitfit, add_bias: true}", "train.steps=2", "dtype=bf16"]
+    assert call("finetune", *words, f"out={tmp_path}", "name=run") == 0
+    own = json.loads((tmp_path / "run/results.json").read_text())["scores"]["validation"]
+    assert call("eval", str(tmp_path / "run"), "--out", str(tmp_path / "a.json")) == 0
+    assert json.loads((tmp_path / "a.json").read_text())[str(tmp_path / "run")]["scores"]["validation"] == own
+
+
 def test_another_file_can_be_scored(place: Path, tmp_path: Path) -> None:
     """The labels stay those of training, although this file has one of them alone."""
     rows = [row for row in labelled_rows(30, seed=1) if row["label"] == "warm"]

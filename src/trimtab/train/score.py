@@ -126,7 +126,8 @@ def _model(config: ScoreConfig, reading: Reading, settings: dict[str, Any]) -> n
     model, new = build_task_model(config.model, reading, settings, config.seed, dtype)
     model.to(device_of(config.device))
     if config.model.quantize is None:  # codes of 4 bits know what they compute in
-        model.to(dtype)
+        for parameter in model.parameters():  # as in training; rotary frequencies, which are buffers, stay exact
+            parameter.data = parameter.data.to(dtype)
     given: set[str] = set()
     if config.adapter is not None:
         adapter = load_adapter(model, config.adapter)
