@@ -36,6 +36,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trimtab.data.sources import package_path
+from trimtab.quiet import quiet_libraries
 
 #: Of each package that is asked for: what pip calls it.
 PIP = {
@@ -74,14 +75,15 @@ def smollm2(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.bfloat16)
-    config = copy.deepcopy(read.config)
-    del config.quantization_config  # its weights are plain by now, and would not be saved otherwise
-    plain = LlamaForCausalLM(config).to(torch.bfloat16)
-    plain.load_state_dict(read.state_dict())
-    tokenizer.save_pretrained(folder)
-    plain.save_pretrained(folder)
+    with quiet_libraries():
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.bfloat16)
+        config = copy.deepcopy(read.config)
+        del config.quantization_config  # its weights are plain by now, and would not be saved otherwise
+        plain = LlamaForCausalLM(config).to(torch.bfloat16)
+        plain.load_state_dict(read.state_dict())
+        tokenizer.save_pretrained(folder)
+        plain.save_pretrained(folder)
 
 
 def minilm(folder: Path) -> None:

@@ -153,7 +153,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 def _config(subject: str, overrides: list[str]) -> ScoreConfig:
     from trimtab.finetuneconfig import ScoreConfig
     from trimtab.loadconfig import load_tree
-    from trimtab.train.score import of_run
+    from trimtab.train.score import of_run, refuse_trained_rows
 
     folder = Path(subject).expanduser()
     start: dict[str, Any] = {"model": {"name": subject}}
@@ -168,7 +168,10 @@ def _config(subject: str, overrides: list[str]) -> ScoreConfig:
             f"{subject} is no fine-tuning run, so it has no task; give one, such as "
             "'task={name: glue, subset: sst2}', or --text FILE"
         )
-    return load_tree(ScoreConfig, None, overrides, start)
+    config = load_tree(ScoreConfig, None, overrides, start)
+    if "task" in start:
+        refuse_trained_rows(folder, config)
+    return config
 
 
 def _group(subject: str, config: ScoreConfig) -> str:

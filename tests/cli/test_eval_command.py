@@ -54,6 +54,16 @@ def test_a_run_has_the_scores_that_it_measured(place: Path, capsys: pytest.Captu
     assert f"{sum(values) / 2:.4g} ± {abs(values[0] - values[1]) / math.sqrt(2):.2g}" in shown
 
 
+def test_in_bf16_a_run_has_the_scores_that_it_measured_to_the_bit(place: Path, tmp_path: Path) -> None:
+    """Rotary frequencies in bf16 would turn position 100 by a tenth of a radian."""
+    task = f"task={{name: language, train: {place}/text.txt, validation: {place}/text.txt}}"
+    words = [f"model.name={place}/llama", task, "method={name: bitfit, add_bias: true}", "train.steps=2", "dtype=bf16"]
+    assert call("finetune", *words, f"out={tmp_path}", "name=run") == 0
+    own = json.loads((tmp_path / "run/results.json").read_text())["scores"]["validation"]
+    assert call("eval", str(tmp_path / "run"), "--out", str(tmp_path / "a.json")) == 0
+    assert json.loads((tmp_path / "a.json").read_text())[str(tmp_path / "run")]["scores"]["validation"] == own
+
+
 def test_another_file_can_be_scored(place: Path, tmp_path: Path) -> None:
     """The labels stay those of training, although this file has one of them alone."""
     rows = [row for row in labelled_rows(30, seed=1) if row["label"] == "warm"]
@@ -61,6 +71,21 @@ def test_another_file_can_be_scored(place: Path, tmp_path: Path) -> None:
     assert call("eval", str(place / "run0"), f"task.validation={other}", "--out", str(tmp_path / "a.json")) == 0
     scores = json.loads((tmp_path / "a.json").read_text())[str(place / "run0")]["scores"]["validation"]
     assert 0 <= scores["accuracy"] <= 1
+
+
+def test_rows_that_a_run_drew_are_scored_again_and_no_others(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another share, rows that were trained on would be among them."""
+    task = f"task={{name: classification, train: {place}/train.jsonl, validation_share: 0.3}}"
+    words = [f"model.name={place}/bert", task, "method={name: lora}", "train.steps=2", "dtype=fp32"]
+    assert call("finetune", *words, f"out={tmp_path}", "name=drew") == 0
+    own = json.loads((tmp_path / "drew/results.json").read_text())["scores"]["validation"]
+    assert scored(tmp_path / "drew", tmp_path / "a.json") == pytest.approx(own, rel=1e-4)
+    capsys.readouterr()
+    assert call("eval", str(tmp_path / "drew"), "task.validation_share=0.5") == 2
+    assert "on which" in capsys.readouterr().err
+    assert call("eval", str(tmp_path / "drew"), "task.validation_share=0.5", f"task.train={place}/held-out.jsonl") == 0
 
 
 def test_the_perplexity_of_a_text_is_that_of_transformers(place: Path, tmp_path: Path) -> None:
@@ -110,6 +135,7 @@ def test_a_text_is_one_whatever_the_file_is_called(place: Path, tmp_path: Path) 
         (["PLACE/llama", "--text", "PLACE/text.txt", "--adapter", "PLACE/run0/adapter"], "adapter"),
         (["PLACE/run0", "task.nonsense=1"], "unknown key"),
         (["PLACE/run0", "task.max_eval=3", "task={name: glue}"], "task.max_eval=3: task=... behind it gives the whole"),
+        (["PLACE/run0", "task.validation=null"], "on which PLACE/run0 was trained"),
         (["PLACE/llama", "task={name: clasification, train: a.csv}"], "did you mean classification?"),
     ],
 )

@@ -19,6 +19,7 @@ from trimtab.models.taskmodel import build_task_model, head_settings
 from trimtab.naming import named
 from trimtab.tasks.base import Loaded
 from trimtab.tasks.encode import Encoder, Reading
+from trimtab.tasks.files import FileTask
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.material import collate_for, idle_in_scoring, open_parts
 from trimtab.train.objective import Objective
@@ -94,6 +95,22 @@ def of_run(folder: Path) -> dict[str, Any]:
     return found | {"model": model, "adapter": str(adapter) if adapter.is_dir() else None}
 
 
+def refuse_trained_rows(folder: Path, config: ScoreConfig) -> None:
+    """Where validation is drawn from `task.train`, it has to be drawn as the run did: other rows were trained on.
+
+    Raises:
+        ConfigError: rows that the run in `folder` was trained on would be scored as held out.
+    """
+    own, task = run_config(folder).task, config.task
+    if not (isinstance(own, FileTask) and isinstance(task, FileTask)) or task.validation is not None:
+        return
+    if own.train == task.train and (own.validation, own.validation_share) != (None, task.validation_share):
+        raise ConfigError(
+            f"task.validation = null: rows drawn from task.train would be scored, on which {folder} was trained; leave "
+            "task.validation and task.validation_share as they were, or name other rows"
+        )
+
+
 def run_config(folder: Path) -> FinetuneConfig:
     """The configuration in the folder of a fine-tuning run.
 
@@ -123,7 +140,8 @@ def _model(config: ScoreConfig, reading: Reading, settings: dict[str, Any]) -> n
     model, new = build_task_model(config.model, reading, settings, config.seed, dtype)
     model.to(device_of(config.device))
     if config.model.quantize is None:  # codes of 4 bits know what they compute in
-        model.to(dtype)
+        for parameter in model.parameters():  # as in training; rotary frequencies, which are buffers, stay exact
+            parameter.data = parameter.data.to(dtype)
     of_adapter: set[str] = set()
     if config.adapter is not None:
         adapter = load_adapter(model, config.adapter)
