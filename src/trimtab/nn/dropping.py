@@ -63,3 +63,22 @@ def _dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
 #: The mask as one operation that a compiler does not look into, since it cannot trace a generator.
 _dropped_op: Any = torch.library.custom_op("trimtab::dropped", _dropped, mutates_args=())
 _dropped_op.register_fake(lambda x, p, seed: torch.empty(x.shape, dtype=torch.bool, device=x.device))
+
+
+class Dropout(torch.autograd.Function):
+    """Dropout of x with probability p that keeps the seed alone: drops and scales by `gain(p)`, and so its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return _scaled(x, p, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if grad.requires_grad and torch.is_grad_enabled():
+            return Dropout.apply(grad, ctx.p, ctx.seed), None, None
+        return _scaled(grad, ctx.p, ctx.seed), None, None
+
+
+def _scaled(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return (x * gain(p)).mul_(~dropped(x, p, seed))
