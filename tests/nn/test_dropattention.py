@@ -85,7 +85,9 @@ def test_the_other_settings_mean_what_they_do_in_torch(settings: dict[str, objec
     assert torch.autograd.gradcheck(lambda q, k, v: called(q, k, v, **settings), (q, k, v))
 
 
-def test_the_share_that_falls_and_its_randomness() -> None:
+@pytest.mark.parametrize("at_a_time", [1, 2**20])
+def test_the_share_that_falls_and_its_randomness(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropattention, "_AT_A_TIME", at_a_time)
     q, k = drawn(8, 4, 32, 8, dtype=torch.float32), drawn(8, 4, 32, 8, seed=1, dtype=torch.float32)
     v = torch.eye(32).expand(8, 4, 32, 32).contiguous()
     first, again, other = (called(q, k, v, seed, dropout_p=0.1) == 0.0 for seed in (1, 1, 2))

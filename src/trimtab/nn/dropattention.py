@@ -49,7 +49,7 @@ def attention(
     if is_causal:
         attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    result: Tensor = _Attention.apply(query, key, value, attn_mask, factor, dropout_p, draw_seed(dropout_p))
+    result: Tensor = _Attention.apply(query, key, value, attn_mask, factor, dropout_p, draw_seed(dropout_p))  # type: ignore[no-untyped-call]
     return result
 
 

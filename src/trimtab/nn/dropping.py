@@ -65,9 +65,13 @@ _dropped_op: Any = torch.library.custom_op("trimtab::dropped", _dropped, mutates
 _dropped_op.register_fake(lambda x, p, seed: torch.empty(x.shape, dtype=torch.bool, device=x.device))
 
 
-class Dropout(torch.autograd.Function):
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """Dropout of x with probability p that keeps the seed alone: drops and scales by `gain(p)`, and so its gradient."""
+    result: Tensor = _Dropout.apply(x, p, seed)  # type: ignore[no-untyped-call]
+    return result
 
+
+class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
         ctx.p, ctx.seed = p, seed
@@ -76,7 +80,7 @@ class Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if grad.requires_grad and torch.is_grad_enabled():
-            return Dropout.apply(grad, ctx.p, ctx.seed), None, None
+            return dropout(grad, ctx.p, ctx.seed), None, None
         return _scaled(grad, ctx.p, ctx.seed), None, None
 
 

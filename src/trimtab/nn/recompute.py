@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from trimtab.errors import ConfigError
 from trimtab.nn.dropattention import attention
-from trimtab.nn.dropping import Dropout, draw_seed
+from trimtab.nn.dropping import draw_seed, dropout
 from trimtab.nn.split import is_part
 
 #: How many operations a recipe may run, one after the other.
@@ -119,7 +119,7 @@ class _Seen:
     def __init__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         # A weak reference keeps a storage's address from being used again, so the address names this one storage.
-        self.storage, self.address = StorageWeakRef(storage), storage._cdata
+        self.storage, self.address = _weak(storage), storage._cdata
         self.tensor, self.version = weakref.ref(tensor), tensor._version
         self.layout, self.dtype = _layout(tensor), tensor.dtype
 
@@ -130,7 +130,7 @@ class _Note:
     def __init__(
         self, result: Tensor, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self.storage = StorageWeakRef(result.untyped_storage())
+        self.storage = _weak(result.untyped_storage())
         self.version, self.strides = result._version, result.stride()
         self.function = function
         self.args = [_seen(part) for part in args]
@@ -213,6 +213,10 @@ class _Memory:
         return _Kept(alive) if alive is not None and alive._version == seen.version else _GONE
 
 
+def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
 
@@ -254,8 +258,8 @@ class _Recording(TorchFunctionMode):
         if not on_cpu or not training or inplace or not 0.0 < p < 1.0 or not input.requires_grad:
             return F.dropout(input, p, training, inplace)
         seed = draw_seed(p)
-        result: Tensor = Dropout.apply(input, p, seed)
-        self.memory.note(result, Dropout.apply, (input, p, seed), {})
+        result = dropout(input, p, seed)
+        self.memory.note(result, dropout, (input, p, seed), {})
         return result
 
 
