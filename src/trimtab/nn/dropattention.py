@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trimtab.nn.dropping import draw_seed, dropped, gain
+from trimtab.nn.dropping import dropped, gain, new_seed
 
 #: Probabilities that are computed at a time, but at least those of one example.
 _AT_A_TIME = 2**20
@@ -49,7 +49,7 @@ def attention(
     if is_causal:
         attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    result: Tensor = _Attention.apply(query, key, value, attn_mask, factor, dropout_p, draw_seed(dropout_p))  # type: ignore[no-untyped-call]
+    result: Tensor = _Attention.apply(query, key, value, attn_mask, factor, dropout_p, new_seed())  # type: ignore[no-untyped-call]
     return result
 
 

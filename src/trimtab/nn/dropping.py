@@ -28,11 +28,16 @@ def parts_of(p: float) -> int:
 
 
 def draw_seed(dropout: float) -> Tensor | None:
-    """A seed for `dropped` from torch's CPU generator; None when nothing is dropped.
+    """A seed for `dropped`; None when nothing is dropped."""
+    return new_seed() if dropout else None
+
+
+def new_seed() -> Tensor:
+    """A seed for `dropped` from torch's CPU generator.
 
     It stays a tensor, on the CPU: reading it as a number costs nothing there, and would break a compiled graph.
     """
-    return torch.randint(2**62, (), device="cpu") if dropout else None
+    return torch.randint(2**62, (), device="cpu")
 
 
 def gain(p: float) -> float:

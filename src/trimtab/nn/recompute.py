@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from trimtab.errors import ConfigError
 from trimtab.nn.dropattention import attention
-from trimtab.nn.dropping import draw_seed, dropout
+from trimtab.nn.dropping import dropout, new_seed
 from trimtab.nn.split import is_part
 
 #: How many operations a recipe may run, one after the other.
@@ -257,7 +257,7 @@ class _Recording(TorchFunctionMode):
         on_cpu = type(input) is Tensor and input.device.type == "cpu"
         if not on_cpu or not training or inplace or not 0.0 < p < 1.0 or not input.requires_grad:
             return F.dropout(input, p, training, inplace)
-        seed = draw_seed(p)
+        seed = new_seed()
         result = dropout(input, p, seed)
         self.memory.note(result, dropout, (input, p, seed), {})
         return result
