@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from trimtab.models.quantize import dequantize, quantize
     from trimtab.models.quantized import load_quantized, save_quantized
     from trimtab.nn.loss import linear_cross_entropy
+    from trimtab.nn.recompute import recomputing
     from trimtab.nn.tied import untie
     from trimtab.optim.schedule import Schedule
     from trimtab.train.hidden import HiddenCache
@@ -85,6 +86,7 @@ __all__ = [
     "load_adapter",
     "load_quantized",
     "quantize",
+    "recomputing",
     "save_quantized",
     "untie",
 ]
@@ -115,6 +117,7 @@ _HOMES = {
     "trimtab.models.quantize": ("dequantize", "quantize"),
     "trimtab.models.quantized": ("load_quantized", "save_quantized"),
     "trimtab.nn.loss": ("linear_cross_entropy",),
+    "trimtab.nn.recompute": ("recomputing",),
     "trimtab.nn.tied": ("untie",),
     "trimtab.optim.schedule": ("Schedule",),
     "trimtab.train.hidden": ("HiddenCache",),

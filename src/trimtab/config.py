@@ -73,10 +73,22 @@ class DataConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """A preset (`llama-9m` ... `llama-7b`, random weights), or a folder or hub name of a causal LM."""
+    """A preset (`llama-9m` ... `llama-7b`, random weights), or a folder or hub name of a causal LM.
+
+    Args:
+        gradient_checkpointing: keep nothing of a block, and run it again in the backward pass.
+        selective_recompute: keep no results that operations without a matrix product can give again (see
+            `trimtab.recomputing`); None does so unless blocks are checkpointed.
+    """
 
     name: str
     gradient_checkpointing: bool = False
+    selective_recompute: bool | None = None
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the forward pass of a step is `trimtab.recomputing`."""
+        return not self.gradient_checkpointing if self.selective_recompute is None else self.selective_recompute
 
 
 class OptimConfig(Settings):
@@ -203,6 +215,12 @@ class RunConfig(Settings, abc.ABC):
             )
         if self.model.gradient_checkpointing and (why := method.no_checkpointing):
             raise Misfit("model.gradient_checkpointing", f"true: {why}; set it to false, or take another method")
+        if self.model.gradient_checkpointing and self.model.selective_recompute:
+            raise Misfit(
+                "model.selective_recompute",
+                "true: with model.gradient_checkpointing whole blocks are run again, and nothing is left to save; "
+                "leave it out, or set model.gradient_checkpointing to false",
+            )
         if (misfit := method.check_length(total)) is not None:
             raise Misfit(f"method.{misfit[0]}", misfit[1])
         if (bare := method.restarts(total)) and not self.restarts():

@@ -124,6 +124,15 @@ def test_checkpointing_that_does_not_go_with_the_method(path: Path) -> None:
     assert load_config(path, [on, "method={name: prompt}"]).model.gradient_checkpointing
 
 
+def test_selective_recomputation_is_the_default_unless_blocks_are_checkpointed(path: Path) -> None:
+    on, chosen = "model.gradient_checkpointing=true", "model.selective_recompute="
+    assert load_config(path, []).model.recomputes
+    assert not load_config(path, [on]).model.recomputes
+    assert not load_config(path, [f"{chosen}false"]).model.recomputes
+    with pytest.raises(ConfigError, match=r"model.selective_recompute: true: with model.gradient_checkpointing whole"):
+        load_config(path, [on, f"{chosen}true"])
+
+
 FILES = {
     "unknown key": (
         CONFIG.replace("steps", "stepz"),

@@ -81,6 +81,7 @@ class _Counting(Session[FinetuneConfig]):
             micro_batch=self.config.train.micro_batch,
             clip=self.config.clip,
             device=self.device,
+            selective_recompute=self.config.model.recomputes,
         )
         switch, peak, flops = material.method.switch_step, 0, 0.0
         if switch:  # a phase in which everything trains comes first

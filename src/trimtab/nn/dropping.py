@@ -28,11 +28,16 @@ def parts_of(p: float) -> int:
 
 
 def draw_seed(dropout: float) -> Tensor | None:
-    """A seed for `dropped` from torch's CPU generator; None when nothing is dropped.
+    """A seed for `dropped`; None when nothing is dropped."""
+    return new_seed() if dropout else None
+
+
+def new_seed() -> Tensor:
+    """A seed for `dropped` from torch's CPU generator.
 
     It stays a tensor, on the CPU: reading it as a number costs nothing there, and would break a compiled graph.
     """
-    return torch.randint(2**62, (), device="cpu") if dropout else None
+    return torch.randint(2**62, (), device="cpu")
 
 
 def gain(p: float) -> float:
@@ -63,3 +68,26 @@ def _dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
 #: The mask as one operation that a compiler does not look into, since it cannot trace a generator.
 _dropped_op: Any = torch.library.custom_op("trimtab::dropped", _dropped, mutates_args=())
 _dropped_op.register_fake(lambda x, p, seed: torch.empty(x.shape, dtype=torch.bool, device=x.device))
+
+
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Dropout of x with probability p that keeps the seed alone: drops and scales by `gain(p)`, and so its gradient."""
+    result: Tensor = _Dropout.apply(x, p, seed)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return _scaled(x, p, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if grad.requires_grad and torch.is_grad_enabled():
+            return dropout(grad, ctx.p, ctx.seed), None, None
+        return _scaled(grad, ctx.p, ctx.seed), None, None
+
+
+def _scaled(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return (x * gain(p)).mul_(~dropped(x, p, seed))

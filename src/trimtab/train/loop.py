@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 
 from trimtab.errors import NonFiniteError
 from trimtab.methods.base import Adapter
+from trimtab.nn.recompute import recomputing
 from trimtab.optim.schedule import Schedule
 from trimtab.train.signals import StopSignals
 
@@ -99,6 +101,7 @@ class Training:
         evaluated: called with what `evaluate` gave, after it is in the log.
         enough: asked between two steps; True ends the training there.
         trainable_changed: called with the completed steps after the set of trained tensors changed.
+        selective_recompute: keep no activations that cheap operations can give again (`nn.recompute`).
     """
 
     model: nn.Module
@@ -121,6 +124,7 @@ class Training:
     evaluated: Callable[[int, Any], None] = lambda step, found: None
     enough: Callable[[], bool] = lambda: False
     trainable_changed: Callable[[int], None] = lambda step: None
+    selective_recompute: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def rate(self, step: int) -> float:
@@ -206,7 +210,8 @@ def forward_backward(run: Training, batch: StepOf) -> Tensor:
     valid = max(batch.n_valid, 1)
     nats = torch.zeros((), device=run.device)
     for part in batch.split(run.micro_batch or sequences):
-        part_nats = run.objective(part.to(run.device))
+        with recomputing(run.model) if run.selective_recompute else nullcontext():
+            part_nats = run.objective(part.to(run.device))
         loss = part_nats / valid
         extra = run.adapter.extra_loss()
         if extra is not None:

@@ -23,7 +23,7 @@ FREE = (
 #: Settings that change how the same numbers are computed: the continuation is right, but no longer bit for bit.
 INEXACT = (
     "device", "train.micro_batch", "train.cache_hidden", "train.cache_storage", "loss.chunked", "loss.chunk",
-    "model.gradient_checkpointing",
+    "model.gradient_checkpointing", "model.selective_recompute",
 )  # fmt: skip
 
 #: Of those, what may have another value, but not begin or cease to have one: where the same numbers lie.

@@ -251,6 +251,7 @@ class Session(Generic[Config]):
                         clip=config.clip,
                         checkpoint_every=config.checkpoint.every,
                         device=self.device,
+                        selective_recompute=config.model.recomputes,
                         **parts,
                     ),
                     start,
