@@ -10,7 +10,7 @@ Two tasks, LoRA r = 8 on every linear layer of the blocks, bf16 on the CPU, Adam
 decay of the rate, clipping at 1:
 
 * chat: SmolLM2-135M on chats made of encyclopedia articles, of which the answers are learned.
-* reviews: MiniLM-L6 with a new head, which trains in full, on sentences of film reviews.
+* pairs: MiniLM-L6 with a new head, which trains in full, on pairs of texts, of one encyclopedia article or of two.
 
 Models and texts are those of examples/real_models.py; where a package is missing, stand-ins of the same shapes, which
 the table says. All rows take an epoch of the same examples, as many a step, from the same values. The examples are few
@@ -55,7 +55,7 @@ from trimtab.bench.steps import apart
 
 TABLES = ("costs", "time", "tokens")
 #: Examples a step, by task.
-BATCH = {"chat": 8, "reviews": 16}
+BATCH = {"chat": 8, "pairs": 16}
 #: Programs that make tokens.
 ENCODE, MAP, MAP_IDS = "trimtab", "datasets.map, 2 processes", "datasets.map, 2 processes, ids alone"
 

@@ -37,7 +37,7 @@ class Parts:
 def parts(task: str, out: Path, quick: bool) -> Parts:
     """The parts of a task, made where they are not there: real ones if their packages are installed."""
     ending = "jsonl" if task == "chat" else "csv"
-    names = ("smollm2", "chat") if task == "chat" else ("minilm", "reviews")
+    names = ("smollm2", "chat") if task == "chat" else ("minilm", "pairs")
     described = []
     folders = []
     for name in names:
@@ -82,7 +82,7 @@ def sample(whole: Parts, steps: int, batch: int, folder: Path) -> Parts:
 def _text(row: str, table: bool) -> str:
     """What a line of a file says; of a chat all turns."""
     if table:
-        return next(csv.reader([row]))[0]
+        return " ".join(next(csv.reader([row]))[:2])
     return "\n".join(turn["content"] for turn in json.loads(row)["messages"])
 
 
@@ -132,13 +132,13 @@ def _chats(folder: Path, quick: bool) -> None:
             file.writelines(json.dumps(next(rows)) + "\n" for _ in range(count))
 
 
-def _reviews(folder: Path, quick: bool) -> None:
+def _pairs(folder: Path, quick: bool) -> None:
     folder.mkdir(parents=True)
     texts = _short(words(1))
     for split, count in (("train", 200 if quick else 4000), ("validation", 4)):
         with open(folder / f"{split}.csv", "w", newline="") as file:
-            rows = [(next(texts), ("good", "bad")[n % 2]) for n in range(count)]
-            csv.writer(file).writerows([("text", "label"), *rows])
+            rows = [(next(texts), next(texts), ("same", "other")[n % 2]) for n in range(count)]
+            csv.writer(file).writerows([("text", "pair", "label"), *rows])
 
 
 def _short(texts: Iterator[str]) -> Iterator[str]:
@@ -184,4 +184,4 @@ def _minilm(folder: Path, quick: bool) -> None:
     BertModel(BertConfig(**sizes, vocab_size=count if quick else 30_522)).save_pretrained(folder)
 
 
-_STAND_INS = {"smollm2": _smollm2, "minilm": _minilm, "chat": _chats, "reviews": _reviews}
+_STAND_INS = {"smollm2": _smollm2, "minilm": _minilm, "chat": _chats, "pairs": _pairs}

