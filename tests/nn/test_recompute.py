@@ -57,6 +57,16 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int]] = {
         (drawn(64, 128), drawn(128, 4)),
         WIDE,  # tanh keeps its result itself
     ),
+    "a gelu in another shape": (
+        lambda x, w: (F.silu(F.gelu(x).view(32, 256)[:, 128:]) * 2.0) @ w,
+        (drawn(64, 128), drawn(128, 4)),
+        0,
+    ),
+    "a gelu in other bits": (
+        lambda x, w: (F.gelu(x).view(torch.int32).view(torch.float32) * F.silu(x)) @ w,
+        (drawn(64, 128), drawn(128, 4)),
+        2 * WIDE,
+    ),
     "a layer norm": (lambda x, w: F.layer_norm(x, (128,)) @ w, (drawn(64, 128), drawn(128, 4)), 2 * 64 * 4),
     "a norm through fp32": (
         lambda x, w: norm_of(x) @ w,
@@ -187,6 +197,25 @@ def test_a_result_for_several_is_computed_once(monkeypatch: pytest.MonkeyPatch) 
     assert runs == [F.gelu]
     result.backward()
     assert set(runs) == {F.gelu}
+
+
+def test_no_recipe_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A square of a square, and so on: its recipe from the start would compute each part once more than the last."""
+    runs = []
+    computed = recompute._Recipe.value
+    monkeypatch.setattr(recompute._Recipe, "value", lambda recipe: runs.append(recipe.function) or computed(recipe))
+    x = drawn(64, 128)
+
+    def function(x: Tensor) -> Tensor:
+        for _ in range(20):
+            x = (0.5 * x) * (0.5 * x)
+        return x
+
+    with recomputing(NOTHING):
+        result = function(x)
+    (grad,) = torch.autograd.grad(result.sum(), [x])
+    assert torch.equal(grad, plain(function, x)[0])
+    assert len(runs) < 40 * recompute._OPERATIONS
 
 
 def test_no_recipe_under_autocast() -> None:

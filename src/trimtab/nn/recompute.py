@@ -29,8 +29,8 @@ from trimtab.nn.dropattention import attention
 from trimtab.nn.dropping import dropout, new_seed
 from trimtab.nn.split import is_part
 
-#: How many operations a recipe may run, one after the other.
-_DEPTH = 12
+#: How many operations a recipe may run; GELU's approximation, written out, has eight.
+_OPERATIONS = 12
 
 #: A sum keeps neither part, so of two large ones a recipe would hold twice as much as the sum has.
 _SUMS: frozenset[Any] = frozenset({torch.add, torch.sub, Tensor.add, Tensor.sub})
@@ -52,6 +52,10 @@ _CHEAP: frozenset[Any] = frozenset(
 )
 
 
+#: Shape, strides and offset.
+_Layout = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
 class _Kept:
     """A tensor that the graph holds, and the number of in-place changes at which it was seen."""
 
@@ -71,7 +75,7 @@ class _Kept:
 
 
 class _Recipe:
-    """An operation and its arguments; tensors among them are recipes themselves, or kept."""
+    """An operation and its arguments; tensors among them are parts of what recipes give, or kept."""
 
     def __init__(self, function: Callable[..., Tensor], args: list[Any], kwargs: dict[str, Any]) -> None:
         self.function, self.args, self.kwargs = function, args, kwargs
@@ -81,7 +85,7 @@ class _Recipe:
 
     def sources(self) -> Iterator[_Kept]:
         for part in (*self.args, *self.kwargs.values()):
-            if isinstance(part, _Kept | _Recipe):
+            if isinstance(part, _Kept | _Part):
                 yield from part.sources()
 
     def result(self) -> Tensor:
@@ -95,22 +99,29 @@ class _Recipe:
         return self.function(*map(_value, self.args), **{name: _value(part) for name, part in self.kwargs.items()})
 
 
-def _value(part: Any) -> Any:
-    return part.value() if isinstance(part, _Kept | _Recipe) else part
+class _Part:
+    """A tensor that lies in the storage that a recipe fills, maybe in another shape than its result has."""
 
+    def __init__(self, recipe: _Recipe, strides: tuple[int, ...], layout: _Layout) -> None:
+        self.recipe, self.strides, self.layout = recipe, strides, layout
 
-class _View:
-    """A part of a storage that a recipe fills."""
-
-    def __init__(self, recipe: _Recipe, strides: tuple[int, ...], view: Tensor) -> None:
-        self.recipe, self.strides, self.layout = recipe, strides, _layout(view)
-        recipe.awaited += 1
+    def sources(self) -> Iterator[_Kept]:
+        return self.recipe.sources()
 
     def value(self) -> Tensor:
-        whole = self.recipe.result()
+        return self._of(self.recipe.value())
+
+    def result(self) -> Tensor:
+        return self._of(self.recipe.result())
+
+    def _of(self, whole: Tensor) -> Tensor:
         if whole.stride() != self.strides:
             raise RuntimeError(f"recomputed with strides {whole.stride()} what had {self.strides}")
         return whole.as_strided(*self.layout)
+
+
+def _value(part: Any) -> Any:
+    return part.value() if isinstance(part, _Kept | _Part) else part
 
 
 class _Seen:
@@ -131,7 +142,7 @@ class _Note:
         self, result: Tensor, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.storage = _weak(result.untyped_storage())
-        self.version, self.strides = result._version, result.stride()
+        self.version, self.strides, self.dtype = result._version, result.stride(), result.dtype
         self.function = function
         self.args = [_seen(part) for part in args]
         self.kwargs = {name: _seen(part) for name, part in kwargs.items()}
@@ -140,6 +151,17 @@ class _Note:
 
 def _seen(part: Any) -> Any:
     return _Seen(part) if isinstance(part, Tensor) else part
+
+
+class _Budget:
+    """The operations that a recipe may have yet: what is needed twice counts twice, as it is computed twice."""
+
+    def __init__(self) -> None:
+        self.left = _OPERATIONS
+
+    def spend(self) -> bool:
+        self.left -= 1
+        return self.left >= 0
 
 
 class _Memory:
@@ -163,14 +185,14 @@ class _Memory:
             return
         self.notes[storage._cdata] = _Note(result, function, args, kwargs)
 
-    def pack(self, tensor: Tensor) -> _Kept | _View:
+    def pack(self, tensor: Tensor) -> _Kept | _Part:
         """What autograd keeps in the place of a tensor."""
         if not _plain(tensor):
             return _Kept(tensor)
         storage = tensor.untyped_storage()
-        note = self._note_of(storage._cdata, tensor._version)
+        note = self._note_of(storage._cdata, tensor._version, tensor.dtype)
         if note is not None and self._held(storage._cdata) is None:
-            recipe = note.recipe() or self._recipe(note, 0)
+            recipe = note.recipe() or self._recipe(note, _Budget())
             if recipe is not None:
                 new = [kept for kept in recipe.sources() if self._held(_address(kept.tensor)) is None]
                 sizes = {_address(kept.tensor): kept.tensor.untyped_storage().nbytes() for kept in new}
@@ -178,7 +200,8 @@ class _Memory:
                     for kept in new:
                         self.held[_address(kept.tensor)] = weakref.ref(kept)
                     note.recipe = weakref.ref(recipe)
-                    return _View(recipe, note.strides, tensor)
+                    recipe.awaited += 1
+                    return _Part(recipe, note.strides, _layout(tensor))
         kept = _Kept(tensor)
         if self._held(storage._cdata) is None:
             self.held[storage._cdata] = weakref.ref(kept)
@@ -188,27 +211,29 @@ class _Memory:
         held = self.held.get(address)
         return None if held is None else held()
 
-    def _note_of(self, address: int, version: int) -> _Note | None:
+    def _note_of(self, address: int, version: int, dtype: torch.dtype) -> _Note | None:
         note = self.notes.get(address)
-        return None if note is None or note.version != version else note
+        return None if note is None or note.version != version or note.dtype != dtype else note
 
-    def _recipe(self, note: _Note, depth: int) -> _Recipe | None:
-        """A recipe of what is held or alive now; None if a part of it is gone, was changed, or lies too deep."""
-        args = [self._source(part, depth) for part in note.args]
-        kwargs = {name: self._source(part, depth) for name, part in note.kwargs.items()}
+    def _recipe(self, note: _Note, budget: _Budget) -> _Recipe | None:
+        """A recipe of what is held or alive now; None if a part of it is gone or was changed, or it is too long."""
+        if not budget.spend():
+            return None
+        args = [self._source(part, budget) for part in note.args]
+        kwargs = {name: self._source(part, budget) for name, part in note.kwargs.items()}
         gone = any(part is _GONE for part in (*args, *kwargs.values()))
         return None if gone else _Recipe(note.function, args, kwargs)
 
-    def _source(self, seen: Any, depth: int) -> Any:
+    def _source(self, seen: Any, budget: _Budget) -> Any:
         """An argument: what is held, or else a recipe, or else what is alive."""
         if not isinstance(seen, _Seen):
             return seen
         kept = self._held(seen.address)
         if kept is not None and kept.tensor._version == seen.version:
             return _Kept(kept.tensor.as_strided(*seen.layout)) if kept.tensor.dtype == seen.dtype else _GONE
-        note = self._note_of(seen.address, seen.version)
-        if note is not None and depth < _DEPTH and (recipe := self._recipe(note, depth + 1)) is not None:
-            return recipe
+        note = self._note_of(seen.address, seen.version, seen.dtype)
+        if note is not None and (recipe := self._recipe(note, budget)) is not None:
+            return _Part(recipe, note.strides, seen.layout)
         alive = seen.tensor()
         return _Kept(alive) if alive is not None and alive._version == seen.version else _GONE
 
@@ -217,7 +242,7 @@ def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
     return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
 
-def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+def _layout(tensor: Tensor) -> _Layout:
     return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
 
 
@@ -226,12 +251,15 @@ def _address(tensor: Tensor) -> int:
 
 
 def _plain(tensor: Any) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+    """Whether a tensor is what its strided storage says, and nothing else."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return not tensor.is_complex() and not tensor.is_neg()
 
 
-def _unpack(kept: _Kept | _View) -> Tensor:
+def _unpack(kept: _Kept | _Part) -> Tensor:
     with torch.no_grad():
-        return kept.value()
+        return kept.value() if isinstance(kept, _Kept) else kept.result()
 
 
 class _Recording(TorchFunctionMode):
