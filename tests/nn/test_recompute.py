@@ -258,3 +258,43 @@ def test_what_does_not_go_with_it_is_refused() -> None:
     model.compile()
     with pytest.raises(trimtab.ConfigError, match="does not go with a compiled model"), recomputing(model):
         pass
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_with_dropout_recipes_change_no_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same dropout with everything kept, and against differences of the loss in fp64."""
+    model = MODELS[family]().double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+        for name in ("attention_dropout", "dropout"):  # what some attention reads of itself
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.2)
+    adapter = trimtab.attach(model, {"name": "lora", "rank": 3, "dropout": 0.1})
+    model.train()
+    trained = [entry.parameter for entry in adapter.trainable()]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.copy_(0.1 * drawn(*parameter.shape, grad=False))
+
+    def loss() -> Tensor:
+        torch.manual_seed(5)
+        with recomputing(model):
+            return loss_of(model, token_ids())
+
+    grads = torch.autograd.grad(loss(), trained)
+    with monkeypatch.context() as patch:
+        patch.setattr(recompute._Memory, "pack", lambda memory, tensor: recompute._Kept(tensor))
+        kept = torch.autograd.grad(loss(), trained)
+    assert all(map(torch.equal, grads, kept))
+    steps = [drawn(*parameter.shape, seed=9, grad=False).to(parameter.dtype) for parameter in trained]
+    slope = sum((grad * step).sum() for grad, step in zip(grads, steps, strict=True))
+    ends = []
+    with torch.no_grad():
+        for sign in (1.0, -2.0):
+            for parameter, step in zip(trained, steps, strict=True):
+                parameter.add_(step, alpha=sign * 1e-5)
+            with torch.enable_grad():
+                ends.append(loss().detach().double())
+    # The loss is in fp32, whose last digit over this step is 0.02; a step ten times as long sees curvature.
+    torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, torch.as_tensor(slope).double(), rtol=0.05, atol=0.05)
