@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import random
 import sys
@@ -63,9 +64,7 @@ def sample(whole: Parts, steps: int, batch: int, folder: Path) -> Parts:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(whole.model)
-    lines = whole.train.read_text(encoding="utf-8").splitlines(keepends=True)
-    head = lines[:1] if whole.train.suffix == ".csv" else []
-    rows = lines[len(head) :]
+    head, rows = _rows(whole.train)
     random.Random(0).shuffle(rows)
     texts = [_text(row, bool(head)) for row in rows[: max(50, steps) * batch]]
     sizes = [len(ids) for ids in tokenizer(texts)["input_ids"]]
@@ -75,14 +74,27 @@ def sample(whole: Parts, steps: int, batch: int, folder: Path) -> Parts:
     kept = [row for start in starts for row in rows[start : start + batch]]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{steps}x{batch}-{whole.train.parent.name}{whole.train.suffix}"
-    path.write_text("".join([*head, *kept]), encoding="utf-8")
+    path.write_text("".join([*head, *kept]), encoding="utf-8", newline="")
     return replace(whole, train=path)
 
 
+def _rows(path: Path) -> tuple[list[str], list[str]]:
+    """The header of a table, if it is one, and the rows of a file as they are written, some on several lines."""
+    found = []
+    with open(path, encoding="utf-8", newline="" if path.suffix == ".csv" else "\n") as file:
+        if path.suffix != ".csv":
+            return [], list(file)
+        for row in csv.reader(file):
+            written = io.StringIO(newline="")
+            csv.writer(written).writerow(row)
+            found.append(written.getvalue())
+    return found[:1], found[1:]
+
+
 def _text(row: str, table: bool) -> str:
-    """What a line of a file says; of a chat all turns."""
+    """What a row of a file says; of a chat all turns."""
     if table:
-        return " ".join(next(csv.reader([row]))[:2])
+        return " ".join(next(csv.reader(io.StringIO(row, newline="")))[:2])
     return "\n".join(turn["content"] for turn in json.loads(row)["messages"])
 
 

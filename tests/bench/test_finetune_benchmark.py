@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib
 import importlib.util
 import io
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,6 +110,20 @@ def test_costs_and_times_are_printed(
     assert max(padding[1:]) < padding[0]
     assert len({line["trained, K"] for line in costs.values()}) == 1
     assert len({line["mean loss"][:4] for line in times.values()}) == 1
+
+
+def test_a_sample_has_whole_rows(script: ModuleType, out: Path, tmp_path: Path) -> None:
+    """A row of a table may have several lines."""
+    real = script.parts("pairs", out, True)
+    rows = [(f"one,\n{n}", f'"two"\r\n{n}', ("same", "other")[n % 2]) for n in range(40)]
+    with open(tmp_path / "train.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("text", "pair", "label"), *rows])
+    sampled = script.sample(replace(real, train=tmp_path / "train.csv"), 2, 4, tmp_path / "some").train
+    with open(sampled, newline="") as file:
+        head, *found = map(tuple, csv.reader(file))
+    assert head == ("text", "pair", "label")
+    assert len(set(found)) == 8
+    assert set(found) <= set(rows)
 
 
 def test_every_program_makes_the_same_tokens(script: ModuleType, out: Path) -> None:
