@@ -80,17 +80,18 @@ class _Attention(torch.autograd.Function):
         ]
         for at, q, k, v, probabilities, stay in _pieces(query, key, value, mask, scale, ctx.p, seed):
             out = grad[at].to(v.dtype) * factor
+            stay = stay.to(v.dtype)  # it is multiplied by twice, and bits are slow at that
             if grads[2] is not None:
                 grads[2][at] = (probabilities * stay).transpose(-1, -2) @ out
             if grads[0] is None and grads[1] is None:
                 continue
-            # The gradient at the probabilities, then through the softmax at the scores.
-            scores = (out @ v.transpose(-1, -2)).mul_(stay).mul_(probabilities)
-            scores.sub_(probabilities.mul_(scores.sum(-1, keepdim=True)))
+            # The gradient at the probabilities, then at the scores, of which q has the scale already.
+            scores = (out @ v.transpose(-1, -2)).mul_(stay)
+            scores = torch.ops.aten._softmax_backward_data(scores, probabilities, -1, scores.dtype)
             if grads[0] is not None:
                 grads[0][at] = (scores @ k).mul_(scale)
             if grads[1] is not None:
-                grads[1][at] = (scores.transpose(-1, -2) @ q).mul_(scale)
+                grads[1][at] = scores.transpose(-1, -2) @ q
         return (*grads, None, None, None, None)
 
 
@@ -103,7 +104,7 @@ def _like(part: Tensor) -> Tensor:
 def _pieces(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, p: float, seed: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Of a few examples at a time: which, Q, K, V, the probabilities before dropout, and which of them stay."""
+    """Of a few examples at a time: which, scale Q, K, V, the probabilities before dropout, and which of them stay."""
     examples, heads, length, _ = query.shape
     some = max(1, _AT_A_TIME // max(heads * length * key.shape[2], 1))
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -112,7 +113,8 @@ def _pieces(
     for start in range(0, examples, some):
         at = slice(start, start + some)
         q, k, v = (part[at].to(dtype) for part in (query, key, value))
-        scores = (q @ k.transpose(-1, -2)).mul_(scale)
+        q = q * scale
+        scores = q @ k.transpose(-1, -2)
         if added is not None:
             scores.add_(_of(added, at))
         probabilities = scores.softmax(-1)
