@@ -19,8 +19,9 @@ with the lengths of many: stretches, evenly spaced, of those of 50 steps in the 
 * "Trainer + peft": dynamic padding, bf16 autocast over a bf16 model (which is faster and smaller here than without),
   no activation checkpointing, no logging, no saving; batches as they are drawn. "grouped": batches of similar length.
 * "trimtab": as `trimtab finetune` trains by default. Chats are packed, several to a sequence, in batches as they are
-  drawn; for a model with a head batches are of similar length. "padded": chats as drawn, and not packed; "grouped": of
-  similar length, and not packed (data.packing=false).
+  drawn; for a model with a head batches are of similar length. "all kept": without selective recomputation
+  (model.selective_recompute=false). "padded": chats as drawn, and not packed; "grouped": of similar length, and not
+  packed (data.packing=false).
 
 Peak live bytes, FLOPs and peak resident memory come from a process for each row: all tensors of the run; products in
 the run; and all that the process holds, its interpreter and libraries with it. The time is that of the steps alone, in
