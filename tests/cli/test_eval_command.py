@@ -135,7 +135,9 @@ def test_a_text_is_one_whatever_the_file_is_called(place: Path, tmp_path: Path) 
         (["PLACE/llama", "--text", "PLACE/text.txt", "--adapter", "PLACE/run0/adapter"], "adapter"),
         (["PLACE/run0", "task.nonsense=1"], "unknown key"),
         (["PLACE/run0", "task.max_eval=3", "task={name: glue}"], "task.max_eval=3: task=... behind it gives the whole"),
-        (["PLACE/run0", "task.validation=null"], "on which PLACE/run0 was trained"),
+        (["PLACE/run0", "task.validation=null"], "on which PLACE/run0 was trained; leave task.validation as in"),
+        (["PLACE/run0", "task.validation=null", "task.train=PLACE/./train.jsonl"], "was trained; leave"),
+        (["PLACE/run0", "task.validation=null", "task.train=[PLACE]"], "was trained; leave task.validation"),
         (["PLACE/llama", "task={name: clasification, train: a.csv}"], "did you mean classification?"),
     ],
 )

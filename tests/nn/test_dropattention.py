@@ -125,3 +125,10 @@ def test_what_torch_is_left_with() -> None:
     assert attention(*bare, dropout_p=0.5) is None
     assert attention(q, k, v, drawn(5, 7), 0.5) is None
     assert attention(q[0], k[0], v[0], dropout_p=0.5) is None
+    assert attention(q, k, v, torch.ones(5, 7, dtype=torch.long), 0.5) is None
+    assert attention(q, k, v, torch.ones(5, 7, dtype=torch.float32), 0.5) is None
+    assert attention(q.float(), k, v, dropout_p=0.5) is None
+    assert attention(q, k[:, :, :0], v[:, :, :0], dropout_p=0.5) is None
+    assert attention(q, k, v, dropout_p=1e-6) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q, k, v, dropout_p=0.5) is None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models_for_tests import MODELS, loss_of, tiny_llama, token_ids
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import trimtab
 from trimtab.bench.meters import live_bytes
@@ -18,6 +19,12 @@ from trimtab.nn.dropping import gain
 from trimtab.nn.recompute import recomputing
 
 NOTHING = nn.Module()
+
+
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of these tests are smaller than what is worth it."""
+    monkeypatch.setattr(recompute, "_SMALL", 0)
 
 
 def drawn(*shape: int, seed: int = 0, grad: bool = True) -> Tensor:
@@ -298,3 +305,120 @@ def test_with_dropout_recipes_change_no_gradient(family: str, monkeypatch: pytes
                 ends.append(loss().detach().double())
     # The loss is in fp32, whose last digit over this step is 0.02; a step ten times as long sees curvature.
     torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, torch.as_tensor(slope).double(), rtol=0.05, atol=0.05)
+
+
+# -- what goes on around it --------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """A block that torch's own activation checkpointing runs again."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.linear, self.reentrant = nn.Linear(16, 16), reentrant
+
+    def inner(self, x: Tensor) -> Tensor:
+        attended = F.scaled_dot_product_attention(*[x.view(2, 2, 4, 16)] * 3, dropout_p=0.5).view(16, 16)
+        return F.silu(F.dropout(self.linear(F.gelu(attended)), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return result
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_block_under_checkpoint_draws_the_same_dropout_twice(reentrant: bool, inside: bool) -> None:
+    """Its own hooks are in force in the forward pass, and the second pass may be outside the context."""
+    torch.manual_seed(0)
+    block, x = Checkpointed(reentrant), drawn(16, 16)
+
+    def gradients(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        return torch.autograd.grad(function(x).sum(), [x, *block.parameters()])
+
+    def grads_of(loss: Tensor) -> list[Tensor]:
+        block.zero_grad()
+        x.grad = None
+        loss.backward()
+        assert x.grad is not None
+        return [x.grad, *(p.grad.clone() for p in block.parameters() if p.grad is not None)]
+
+    expected = gradients(block.inner)
+    torch.manual_seed(1)
+    with recomputing(block):
+        loss = block(x).sum()
+        if inside:
+            found = grads_of(loss)
+    found = found if inside else grads_of(loss)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_tensor_that_was_given_other_memory_is_not_taken_for_what_it_was() -> None:
+    x, w = drawn(8, 16), drawn(16, 4)
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        half = (x @ w).bfloat16()
+        wide = half.float()
+        half.data = torch.zeros_like(half)
+        return wide.sin()
+
+    assert all(map(torch.equal, kept_by(function, x, w)[1], plain(function, x, w)))
+
+
+def test_a_context_of_many_steps_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "_NOTES", 50)
+    memories: list[recompute._Memory] = []
+    made = recompute._Memory.__init__
+    monkeypatch.setattr(recompute._Memory, "__init__", lambda memory: (memories.append(memory), made(memory))[1])
+    x, w = drawn(8, 16), drawn(16, 16)
+    with recomputing(NOTHING):
+        for _ in range(300):
+            y = x
+            for _ in range(3):
+                y = (F.silu(y @ w) * y) @ w
+            grads = torch.autograd.grad(y.sum(), [x, w])
+    (memory,) = memories
+    assert len(memory.notes) < 150
+    assert len(memory.held) < 150
+    y = x
+    for _ in range(3):
+        y = (F.silu(y @ w) * y) @ w
+    assert all(map(torch.equal, grads, torch.autograd.grad(y.sum(), [x, w])))
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.999999])
+def test_a_dropout_that_is_hardly_one_is_torchs(p: float) -> None:
+    x = drawn(64, 128)
+    torch.manual_seed(0)
+    expected = F.dropout(x, p, training=True)
+    torch.manual_seed(0)
+    with recomputing(NOTHING):
+        assert torch.equal(F.dropout(x, p, training=True), expected)
+
+
+def test_tensors_of_inference_and_nested_ones() -> None:
+    with torch.inference_mode():
+        fixed = torch.ones(8, 16)
+    x = drawn(8, 16)
+    with recomputing(NOTHING):
+        result = F.gelu(x + fixed).sum()
+        rows = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]).requires_grad_()
+        F.gelu(rows)
+    result.backward()
+    assert x.grad is not None
+
+
+def test_small_results_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "_SMALL", WIDE + 1)
+    function, tensors, _ = CASES["a gelu"]
+    assert kept_by(function, *tensors)[0] == WIDE
+
+
+def test_a_context_in_a_context() -> None:
+    function, tensors, allowed = CASES["a product of two"]
+    with recomputing(NOTHING):
+        kept, grads = kept_by(function, *tensors)
+    assert kept <= allowed
+    assert all(map(torch.equal, grads, plain(function, *tensors)))

@@ -8,7 +8,15 @@ from models_for_tests import loss_of, token_ids
 from test_checkpointing import CHECKPOINTED, FAMILIES, attached
 from torch import Tensor, nn
 
+from trimtab.nn import recompute
 from trimtab.nn.recompute import recomputing
+
+
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of these models are smaller than what is worth it."""
+    monkeypatch.setattr(recompute, "_SMALL", 0)
+
 
 CASES = [(method, "llama") for method in CHECKPOINTED] + [
     (method, family) for family in FAMILIES[1:] for method in ("relora",)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trimtab.nn.dropping import dropped, gain, new_seed
+from trimtab.nn.dropping import can_drop, dropped, gain, new_seed
 
 #: Probabilities that are computed at a time, but at least those of one example.
 _AT_A_TIME = 2**20
@@ -32,15 +32,20 @@ def attention(
 ) -> Tensor | None:
     """`torch.nn.functional.scaled_dot_product_attention`, or None where that one is to be used.
 
-    That is without dropout, on other devices than the CPU, with a mask that gets a gradient, with other than four
-    dimensions (examples, heads, positions, features), and where nothing gets a gradient.
+    That is without dropout, on other devices than the CPU, under autocast, with a mask that gets a gradient, with other
+    than four dimensions (examples, heads, positions, features), where nothing gets a gradient, and with what torch
+    refuses.
     """
     parts = (query, key, value)
-    if not 0.0 < dropout_p < 1.0 or not any(part.requires_grad for part in parts):
+    if not can_drop(dropout_p) or not any(part.requires_grad for part in parts) or torch.is_autocast_enabled("cpu"):
         return None
     if any(type(part) is not Tensor or part.dim() != 4 or part.device.type != "cpu" for part in parts):
         return None
+    if len({part.dtype for part in parts}) > 1 or not all(part.numel() for part in parts):
+        return None
     if attn_mask is not None and (attn_mask.requires_grad or attn_mask.dim() > 4 or is_causal):
+        return None
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
         return None
     if enable_gqa:
         key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))

@@ -27,6 +27,11 @@ def parts_of(p: float) -> int:
     return parts
 
 
+def can_drop(p: float) -> bool:
+    """Whether p is a probability that `dropped` knows: not 0, 1, or so near to one of them that it would round to it."""
+    return 0 < round(p * _PARTS) < _PARTS
+
+
 def draw_seed(dropout: float) -> Tensor | None:
     """A seed for `dropped`; None when nothing is dropped."""
     return new_seed() if dropout else None

@@ -7,8 +7,11 @@ it was computed of. The backward pass computes it again, bit for bit, by operati
 large parts are recomputed). A recipe is taken only where it holds fewer bytes that nothing else holds.
 
 Two operations are replaced on the CPU, where torch's own keep much more: dropout, whose mask is drawn again from a
-seed, and scaled dot-product attention with dropout, whose probabilities are computed again (`dropattention`). Their
-random numbers are other ones than torch's.
+seed, and scaled dot-product attention with dropout, whose probabilities are computed again, product and all
+(`dropattention`). Their random numbers are other ones than torch's.
+
+What autograd cannot see is not seen here either: a tensor whose memory is written through `.data` or NumPy between the
+operation and the backward pass. A result that the model's caller keeps anyway saves nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +29,17 @@ from torch.overrides import TorchFunctionMode
 
 from trimtab.errors import ConfigError
 from trimtab.nn.dropattention import attention
-from trimtab.nn.dropping import dropout, new_seed
+from trimtab.nn.dropping import can_drop, dropout, new_seed
 from trimtab.nn.split import is_part
 
 #: How many operations a recipe may run; GELU's approximation, written out, has eight.
 _OPERATIONS = 12
+
+#: Results below this many bytes are kept: to write a recipe takes longer than such an operation.
+_SMALL = 2**15
+
+#: When this many notes have come since, those that nothing can need any more are dropped.
+_NOTES = 4096
 
 #: A sum keeps neither part, so of two large ones a recipe would hold twice as much as the sum has.
 _SUMS: frozenset[Any] = frozenset({torch.add, torch.sub, Tensor.add, Tensor.sub})
@@ -170,12 +179,16 @@ class _Memory:
     def __init__(self) -> None:
         self.notes: dict[int, _Note] = {}
         self.held: dict[int, weakref.ref[_Kept]] = {}
+        self.fresh = 0
+        self.hook = self.pack  # one object, to be known by
 
     def note(self, result: Any, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember how a result came about, if it has a storage of its own and is worth it."""
         if not _plain(result) or not result.requires_grad or torch.is_autocast_enabled(result.device.type):
             return
         storage = result.untyped_storage()
+        if storage.nbytes() < _SMALL:
+            return
         if result.storage_offset() or storage.nbytes() != result.numel() * result.element_size():
             return
         tensors = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
@@ -184,6 +197,23 @@ class _Memory:
         if function in _SUMS and sum(part.numel() == result.numel() for part in tensors) > 1:
             return
         self.notes[storage._cdata] = _Note(result, function, args, kwargs)
+        self.fresh += 1
+        if self.fresh > max(_NOTES, len(self.notes) // 2):
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop what no result that is alive can need: a context may last for many steps."""
+        needed: dict[int, _Note] = {}
+        asked = [address for address, note in self.notes.items() if not note.storage.expired()]
+        while asked:
+            address = asked.pop()
+            note = self.notes.get(address)
+            if note is not None and address not in needed:
+                needed[address] = note
+                asked += [part.address for part in (*note.args, *note.kwargs.values()) if isinstance(part, _Seen)]
+        self.notes = needed
+        self.held = {address: kept for address, kept in self.held.items() if kept() is not None}
+        self.fresh = 0
 
     def pack(self, tensor: Tensor) -> _Kept | _Part:
         """What autograd keeps in the place of a tensor."""
@@ -235,7 +265,8 @@ class _Memory:
         if note is not None and (recipe := self._recipe(note, budget)) is not None:
             return _Part(recipe, note.strides, seen.layout)
         alive = seen.tensor()
-        return _Kept(alive) if alive is not None and alive._version == seen.version else _GONE
+        same = alive is not None and _address(alive) == seen.address and _layout(alive) == seen.layout
+        return _Kept(alive) if same and alive.dtype == seen.dtype and alive._version == seen.version else _GONE
 
 
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
@@ -254,7 +285,7 @@ def _plain(tensor: Any) -> bool:
     """Whether a tensor is what its strided storage says, and nothing else."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
         return False
-    return not tensor.is_complex() and not tensor.is_neg()
+    return not (tensor.is_complex() or tensor.is_neg() or tensor.is_nested or tensor.is_inference())
 
 
 def _unpack(kept: _Kept | _Part) -> Tensor:
@@ -269,7 +300,7 @@ class _Recording(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if not torch.is_grad_enabled():
+        if not self._records():
             return func(*args, **kwargs)
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
@@ -281,9 +312,20 @@ class _Recording(TorchFunctionMode):
             self.memory.note(result, func, args, kwargs)
         return result
 
+    def _records(self) -> bool:
+        """Whether what is called now belongs to the forward pass of this context, and of no other machinery.
+
+        Activation checkpointing has hooks of its own in the forward pass and calls a block again in the backward pass,
+        maybe outside the context; both must draw the same dropout. A compiler traces its own graph.
+        """
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return False
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        return hooks is not None and hooks[0] is self.memory.hook
+
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         on_cpu = type(input) is Tensor and input.device.type == "cpu"
-        if not on_cpu or not training or inplace or not 0.0 < p < 1.0 or not input.requires_grad:
+        if not on_cpu or not training or inplace or not can_drop(p) or not input.requires_grad:
             return F.dropout(input, p, training, inplace)
         seed = new_seed()
         result = dropout(input, p, seed)
@@ -319,7 +361,8 @@ def recomputing(model: nn.Module) -> Iterator[None]:
             loss = model(**batch).loss
         loss.backward()
 
-    Loss and gradients are those without it, bit for bit, but for the random numbers of dropout on the CPU.
+    Loss and gradients are those without it, bit for bit, but for the random numbers of dropout on the CPU. Gradients of
+    gradients are not to be had of attention with dropout.
 
     Args:
         model: what runs in the context; it is looked at and not changed.
@@ -329,5 +372,5 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     """
     _check(model)
     memory = _Memory()
-    with torch.autograd.graph.saved_tensors_hooks(memory.pack, _unpack), _Recording(memory):
+    with torch.autograd.graph.saved_tensors_hooks(memory.hook, _unpack), _Recording(memory):
         yield

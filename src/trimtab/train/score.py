@@ -101,14 +101,42 @@ def refuse_trained_rows(folder: Path, config: ScoreConfig) -> None:
     Raises:
         ConfigError: rows that the run in `folder` was trained on would be scored as held out.
     """
-    own, task = run_config(folder).task, config.task
+    run, task = run_config(folder), config.task
+    own = run.task
     if not (isinstance(own, FileTask) and isinstance(task, FileTask)) or task.validation is not None:
         return
-    if own.train == task.train and (own.validation, own.validation_share) != (None, task.validation_share):
+    if not any(_overlap(mine, other) for mine in _places(task.train) for other in _places(own.train)):
+        return
+    # A row is drawn by a hash of what the settings make of it, and of the seed.
+    before, now = own.model_dump(), task.model_dump()
+    changed = [f"task.{key}" for key in now if key not in _SAME_ROWS and before.get(key) != now[key]]
+    changed += ["seed"] if run.seed != config.seed else []
+    if changed:
         raise ConfigError(
             f"task.validation = null: rows drawn from task.train would be scored, on which {folder} was trained; leave "
-            "task.validation and task.validation_share as they were, or name other rows"
+            f"{' and '.join(changed)} as in the run, or name other rows"
         )
+
+
+#: Settings that do not decide which rows are drawn; the files are compared by where they lie.
+_SAME_ROWS = frozenset({"train", "test", "max_train", "max_eval"})
+
+
+def _places(sources: Any) -> list[str | Path]:
+    """Where sources lie, whatever they were called; a dataset of a hub by its name."""
+    several = sources if isinstance(sources, list | tuple) else [sources]
+    return [
+        Path(source).expanduser().resolve()
+        if isinstance(source, str) and not source.startswith("package:")
+        else str(source)
+        for source in several
+    ]
+
+
+def _overlap(one: str | Path, other: str | Path) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one == other or one in other.parents or other in one.parents
+    return one == other
 
 
 def run_config(folder: Path) -> FinetuneConfig:
@@ -141,7 +169,8 @@ def _model(config: ScoreConfig, reading: Reading, settings: dict[str, Any]) -> n
     model.to(device_of(config.device))
     if config.model.quantize is None:  # codes of 4 bits know what they compute in
         for parameter in model.parameters():  # as in training; rotary frequencies, which are buffers, stay exact
-            parameter.data = parameter.data.to(dtype)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     of_adapter: set[str] = set()
     if config.adapter is not None:
         adapter = load_adapter(model, config.adapter)
