@@ -28,7 +28,7 @@ def parts_of(p: float) -> int:
 
 
 def can_drop(p: float) -> bool:
-    """Whether p is a probability that `dropped` knows: not 0, 1, or so near to one of them that it would round to it."""
+    """Whether p is a probability that `dropped` knows: not 0 or 1, nor what would round to them."""
     return 0 < round(p * _PARTS) < _PARTS
 
 

@@ -265,8 +265,9 @@ class _Memory:
         if note is not None and (recipe := self._recipe(note, budget)) is not None:
             return _Part(recipe, note.strides, seen.layout)
         alive = seen.tensor()
-        same = alive is not None and _address(alive) == seen.address and _layout(alive) == seen.layout
-        return _Kept(alive) if same and alive.dtype == seen.dtype and alive._version == seen.version else _GONE
+        if alive is None or _address(alive) != seen.address or _layout(alive) != seen.layout:
+            return _GONE
+        return _Kept(alive) if alive.dtype == seen.dtype and alive._version == seen.version else _GONE
 
 
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
