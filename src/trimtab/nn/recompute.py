@@ -204,7 +204,7 @@ class _Memory:
     def _forget(self) -> None:
         """Drop what no result that is alive can need: a context may last for many steps."""
         needed: dict[int, _Note] = {}
-        asked = [address for address, note in self.notes.items() if not note.storage.expired()]
+        asked = [address for address, note in self.notes.items() if not _expired(note.storage)]
         while asked:
             address = asked.pop()
             note = self.notes.get(address)
@@ -268,6 +268,10 @@ class _Memory:
         if alive is None or _address(alive) != seen.address or _layout(alive) != seen.layout:
             return _GONE
         return _Kept(alive) if alive.dtype == seen.dtype and alive._version == seen.version else _GONE
+
+
+def _expired(storage: StorageWeakRef) -> bool:
+    return bool(storage.expired())  # type: ignore[no-untyped-call]
 
 
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
