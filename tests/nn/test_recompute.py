@@ -403,7 +403,7 @@ def test_tensors_of_inference_and_nested_ones() -> None:
         fixed = torch.ones(8, 16)
     x = drawn(8, 16)
     with recomputing(NOTHING):
-        result = F.gelu(x * fixed).sum()
+        result = F.gelu(x + fixed[:1]).sum()
         rows = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]).requires_grad_()
         F.gelu(rows)
     result.backward()

@@ -320,10 +320,10 @@ class _Recording(TorchFunctionMode):
     def _records(self) -> bool:
         """Whether what is called now belongs to the forward pass of this context, and of no other machinery.
 
-        Activation checkpointing has hooks of its own in the forward pass and calls a block again in the backward pass,
-        maybe outside the context; both must draw the same dropout. A compiler traces its own graph.
+        Activation checkpointing has hooks of its own, or no gradients, in the forward pass, and calls a block again in
+        the backward pass, which no mode reaches: both must draw the same dropout. A compiler traces its own graph.
         """
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         return hooks is not None and hooks[0] is self.memory.hook
