@@ -240,6 +240,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", CHATS, {"model__head": "classes"}, r"model\.head = classes: the task has no"),
     ("bert", LABELLED, {"model__head": "words"}, r"model\.head = words"),
     ("bert", LABELLED, {"data__seq_len": 4096}, r"data\.seq_len: 4096 is longer than the 128 positions"),
+    ("bert", LABELLED, {"model__name": "llama-9m"}, r"model\.name: llama-9m is a preset, .* for `trimtab pretrain`"),
     ("nothing", LABELLED, {}, r"model\.name: there is no folder"),
     ("llama", {**CHATS, "train": "missing.jsonl"}, {}, r"task\.train: .*missing\.jsonl"),
     ("llama", {**CHATS, "train": "labelled.jsonl"}, {}, r"labelled\.jsonl:1"),

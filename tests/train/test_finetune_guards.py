@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from checkpoints_for_tests import labelled_rows, save_checkpoint, sentences, tok
 from finetune_parts import again, config, events, labelled, place, run
 
 from trimtab.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from trimtab.finetuneconfig import FinetuneConfig
+from trimtab.finetuneconfig import FinetuneConfig, ScoreConfig
 from trimtab.loadconfig import dump_config, load_tree
 from trimtab.methods import registry
 from trimtab.tasks import Written
@@ -22,6 +23,7 @@ from trimtab.tasks.batches import Part
 from trimtab.tasks.encode import Encoder
 from trimtab.train.headobjective import HeadObjective
 from trimtab.train.material import prepare
+from trimtab.train.score import score
 
 __all__ = ["place"]  # a fixture
 
@@ -118,6 +120,44 @@ def test_positions_that_begin_behind_the_padding_are_counted_so(place: Path, tmp
     with pytest.raises(ConfigError, match=r"data\.seq_len: 41 is longer than the 40 positions"):
         run(tmp_path, tmp_path, "roberta", labelled(place), data__seq_len=41)
     assert run(tmp_path, tmp_path, "roberta", labelled(place), data__seq_len=None, train__steps=2).finished
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_virtual_tokens_take_positions(place: Path, tmp_path: Path, family: str, method: str) -> None:
+    """By default texts get what is left; more than that is refused before the first step; answers are written in it."""
+    tokens = transformers.AutoTokenizer.from_pretrained(place / "llama")
+    if family == "bert":
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+        hf = transformers.BertConfig(**shape, vocab_size=len(tokens), max_position_embeddings=40)
+        transformers.BertModel(hf).save_pretrained(tmp_path / family)
+    else:
+        shape = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 40}
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, vocab_size=len(tokens))).save_pretrained(
+            tmp_path / family
+        )
+    tokens.save_pretrained(tmp_path / family)
+    # Every second row is longer than the model's positions.
+    rows = [
+        {**row, "text": f"{row['text']} {' '.join(sentences(30) * (n % 2))}"} for n, row in enumerate(labelled_rows(20))
+    ]
+    task = {
+        name: write_rows(tmp_path / f"{name}.jsonl", rows[at::2]) for at, name in enumerate(("train", "validation"))
+    }
+    task = {"name": "classification", **{name: str(path) for name, path in task.items()}}
+    chosen = f"{{name: {method}, length: 7}}"
+    for wrong in (34, 41):
+        says = (
+            rf"data.seq_len: {wrong} is longer than the 33 that the method's 7 virtual tokens leave of the 40 positions"
+        )
+        with pytest.raises(ConfigError, match=says):
+            run(tmp_path, tmp_path, family, task, chosen, data__seq_len=wrong)
+    more = {"data__seq_len": None, "eval__max_new_tokens": 4, "train__steps": 2}
+    done = run(tmp_path, tmp_path, family, task, chosen, **more)
+    assert done.finished and done.scores is not None
+    words = [f"model.name={tmp_path / family}", f"adapter={done.folder / 'adapter'}", f"task={json.dumps(task)}"]
+    again_scored = score(load_tree(ScoreConfig, None, [*words, "dtype=fp32", "eval.max_new_tokens=4"]))
+    assert again_scored.splits == done.scores.splits
 
 
 # -- answers ---------------------------------------------------------------------------------------

@@ -154,6 +154,16 @@ def test_a_used_folder_is_refused(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.yaml", "metrics.jsonl"]
 
 
+@pytest.mark.parametrize("file", ["mine/train.csv", "mine"])
+def test_what_is_no_run_is_not_to_be_removed(tmp_path: Path, file: str) -> None:
+    """A folder of data, or a file, that has the name."""
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("text,label\n")
+    with pytest.raises(ConfigError, match="is not empty; choose another name") as raised:
+        refuse_used_folder(tmp_path / "mine")
+    assert "rm -r" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", ["name", "out"])
 def test_a_resumed_run_stays_in_its_folder(name: str) -> None:
     """Another name or place would neither move the run nor be where it lies."""

@@ -91,6 +91,11 @@ class Method(Settings, abc.ABC, metaclass=OneLine):
         return ""
 
     @property
+    def virtual_tokens(self) -> int:
+        """Positions of each sequence that the method takes for itself."""
+        return 0
+
+    @property
     def no_hidden_cache(self) -> str:
         """Why hidden states cannot be kept for this method; empty where its adapter is one that `nn.replay.Reads`."""
         return "it works inside the model, or reads more of it than its hidden states"

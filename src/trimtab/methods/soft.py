@@ -49,6 +49,10 @@ class SoftPrompt(FrozenBase):
     peft_type: ClassVar[str]
     peft_fields: ClassVar[frozenset[str]]
 
+    @property
+    def virtual_tokens(self) -> int:
+        return self.length
+
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> Method | None:
         if saved.get("peft_type") != cls.peft_type:

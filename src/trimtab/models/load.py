@@ -144,6 +144,11 @@ def _check_name(name: str, folder: Path) -> None:
         raise ConfigError(f"model.name: {name} is a file; give the folder that holds it and config.json")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ConfigError(f"model.name: there is no folder {name}")
+    if name in PRESETS:
+        raise ConfigError(
+            f"model.name: {name} is a preset, whose weights are random, for `trimtab pretrain`; give the folder or hub "
+            "name of a model that was trained"
+        )
     near = nearest_presets(name)
     if not _HUB_NAME.fullmatch(name) or (near and "/" not in name):
         hint = f"did you mean {' or '.join(near)}? The" if near else "the"

@@ -227,8 +227,8 @@ def task_tokenizer(config: TaskModelConfig) -> Any:
     return tokenizer
 
 
-def fitting_length(config: TaskModelConfig, hf: Any, tokenizer: Any, seq_len: int | None) -> int:
-    """The longest sequence: as given, or 512 and at most the model's positions.
+def fitting_length(config: TaskModelConfig, hf: Any, tokenizer: Any, seq_len: int | None, taken: int = 0) -> int:
+    """The longest sequence: as given, or 512 and at most the model's positions less those that are `taken`.
 
     Raises:
         ConfigError: the tokenizer has more words than the model, or its positions are too few.
@@ -244,6 +244,14 @@ def fitting_length(config: TaskModelConfig, hf: Any, tokenizer: Any, seq_len: in
         positions = position_limit(AutoModel.from_config(hf, trust_remote_code=False))
     if positions is None or positions <= 0:
         return seq_len or DEFAULT_LENGTH
-    if seq_len is not None and positions < seq_len:
-        raise ConfigError(f"data.seq_len: {seq_len} is longer than the {positions} positions of {config.name}")
-    return seq_len or min(DEFAULT_LENGTH, int(positions))
+    room = int(positions) - taken
+    of = f"{room} that the method's {taken} virtual tokens leave of the {positions} positions" if taken else ""
+    if room < 1:
+        raise ConfigError(
+            f"method.length = {taken} virtual tokens leave no room in the {positions} positions of {config.name}; take "
+            "fewer"
+        )
+    if seq_len is not None and room < seq_len:
+        of = of or f"{positions} positions"
+        raise ConfigError(f"data.seq_len: {seq_len} is longer than the {of} of {config.name}; {room} fit")
+    return seq_len or min(DEFAULT_LENGTH, room)

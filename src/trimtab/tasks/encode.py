@@ -143,7 +143,7 @@ class Encoder:
         if not len(found):
             raise DataError(
                 f"split {split!r}: nothing is left of its {len(examples)} examples: {' '.join(found.notes)} "
-                f"Raise data.seq_len = {self.seq_len}"
+                f"Raise data.seq_len = {self.seq_len}, as far as the model has positions, or shorten them"
             )
         return found
 

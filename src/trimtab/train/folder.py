@@ -33,12 +33,18 @@ def refuse_used_folder(folder: Path) -> None:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         return
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        way_out = (
-            f"continue that run with --resume {folder}"
-            if _resumable(folder)
-            else f"it has no checkpoint, so remove it (rm -r {shlex.quote(str(folder))})"
-        )
-        raise ConfigError(f"name: {folder} exists and is not empty; {way_out}, or choose another name")
+        raise ConfigError(f"name: {folder} exists and is not empty; {_way_out(folder)}choose another name")
+
+
+def _way_out(folder: Path) -> str:
+    if folder.is_file():
+        return ""
+    if _resumable(folder):
+        return f"continue that run with --resume {folder}, or "
+    # Only of what a run has left is it said how to remove it: anything else may be somebody's.
+    if {"config.yaml", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}:
+        return f"it has no checkpoint, so remove it (rm -r {shlex.quote(str(folder))}), or "
+    return ""
 
 
 def way_on(folder: Path) -> str:

@@ -121,7 +121,7 @@ def prepare(config: FinetuneConfig) -> Material:
     """
     given_by_user = config
     check_place(config.train.cache_hidden)
-    config, hf, reading, tokenizer = open_parts(config)
+    config, hf, reading, tokenizer = open_parts(config, config.method)
     with named("task", config.task):
         loaded = config.task.load()  # runs with other seeds are scored on the same examples
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
@@ -160,8 +160,10 @@ def prepare(config: FinetuneConfig) -> Material:
     return Material(full, method, loaded, tokenizer, reading, settings, batches, scorer, notes, exact=exact)
 
 
-def open_parts(config: Config) -> tuple[Config, Any, Reading, Any]:
+def open_parts(config: Config, method: Method | None) -> tuple[Config, Any, Reading, Any]:
     """The configuration with its `data.seq_len`, the config of the model, how it reads the task, and its tokenizer.
+
+    `method` is the one that the model is to have.
 
     Raises:
         TrimtabError: one of them is missing, or they do not go together.
@@ -169,7 +171,9 @@ def open_parts(config: Config) -> tuple[Config, Any, Reading, Any]:
     hf = read_config(config.model.name)
     reading = reading_of(config.model, hf, config.task.form)
     tokenizer = task_tokenizer(config.model)
-    data = config.data.model_copy(update={"seq_len": fitting_length(config.model, hf, tokenizer, config.data.seq_len)})
+    taken = 0 if method is None else method.virtual_tokens
+    length = fitting_length(config.model, hf, tokenizer, config.data.seq_len, taken)
+    data = config.data.model_copy(update={"seq_len": length})
     if reading != "head" and tokenizer.eos_token_id is None:
         raise DataError("model.tokenizer: it has no token that ends a text, which a model that writes has to learn")
     return config.model_copy(update={"data": data}), hf, reading, tokenizer

@@ -14,7 +14,9 @@ from trimtab.config import DTYPES, given
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.finetuneconfig import FinetuneConfig, ScoreConfig, TaskEvalConfig, is_finetuning
 from trimtab.loadconfig import load_tree
-from trimtab.methods.registry import load_adapter
+from trimtab.methods.base import Method
+from trimtab.methods.folder import read_adapter_folder
+from trimtab.methods.registry import load_adapter, method_of
 from trimtab.models.taskmodel import build_task_model, head_settings
 from trimtab.naming import named
 from trimtab.tasks.base import Loaded
@@ -42,7 +44,7 @@ def score(config: ScoreConfig, note: Callable[[str], None] = lambda text: None) 
     Raises:
         TrimtabError: whatever a user can mend, in one line.
     """
-    config, hf, reading, tokenizer = open_parts(config)
+    config, hf, reading, tokenizer = open_parts(config, _method(config))
     for key in given(config.eval, *_OF_TRAINING):
         note(f"eval.{key} has no effect: nothing is trained")
     for text in idle_in_scoring(config, reading):
@@ -71,8 +73,18 @@ def build(config: ScoreConfig) -> nn.Module:
     Raises:
         TrimtabError: it cannot be built.
     """
-    config, _, reading, _ = open_parts(config)
+    config, _, reading, _ = open_parts(config, _method(config))
     return _model(config, reading, {})
+
+
+def _method(config: ScoreConfig) -> Method | None:
+    """The method of the adapter that is scored; None where there is none, or where loading it will say what is wrong."""
+    if config.adapter is None:
+        return None
+    try:
+        return method_of(read_adapter_folder(Path(config.adapter)))
+    except CheckpointError:
+        return None
 
 
 def of_run(folder: Path) -> dict[str, Any]:

@@ -182,7 +182,8 @@ class Scorer:
         if self.options.max_new_tokens is not None:
             settings["max_new_tokens"] = self.options.max_new_tokens
         limit = position_limit(model)
-        most = None if limit is None else max(limit - int(settings["max_new_tokens"]), 1)
+        taken = sum(adapter.config.virtual_tokens for adapter in adapters(model).values())
+        most = None if limit is None else max(limit - taken - int(settings["max_new_tokens"]), 1)
         prompts = self.encoder.prompts(asked, most)
         order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
         written = [""] * len(prompts)
