@@ -78,7 +78,7 @@ def build(config: ScoreConfig) -> nn.Module:
 
 
 def _method(config: ScoreConfig) -> Method | None:
-    """The method of the adapter that is scored; None where there is none, or where loading it will say what is wrong."""
+    """The method of the adapter; None where there is none, or where loading it will say what is wrong."""
     if config.adapter is None:
         return None
     try:
