@@ -39,10 +39,11 @@ SMALL = ["{name: bottleneck, size: 8}", "{name: ladder, reduction: 4}"]
 @pytest.mark.parametrize("method", ["lora", "vera", "bitfit", "prompt", "read", "adalora", *SMALL])
 def test_what_is_saved_scores_what_was_measured(method: str, place: Path, tmp_path: Path) -> None:
     """The adapter's folder, put on the checkpoint anew, has the run's final scores; the new head is in it."""
-    result = run(place, tmp_path, "bert", labelled(place), method)
+    length = {"data__seq_len": 100}  # beside the prompt's 20 virtual tokens, of 128 positions
+    result = run(place, tmp_path, "bert", labelled(place), method, **length)
     assert result.finished
     assert result.scores is not None
-    material = prepare(config(place, tmp_path, "bert", labelled(place), method))
+    material = prepare(config(place, tmp_path, "bert", labelled(place), method, **length))
     model = transformers.AutoModelForSequenceClassification.from_pretrained(place / "bert", **material.settings)
     model.config.pad_token_id = material.tokenizer.pad_token_id
     trimtab.load_adapter(model, tmp_path / "run" / "adapter")
