@@ -59,10 +59,29 @@ def test_what_is_too_long_is_skipped_or_refused_when_asked() -> None:
     data = Encoder(bert_like(), "head", 5, "skip")(examples, "train")
     assert (data.source.tolist(), data.labels.tolist() if data.labels is not None else None) == ([1], [1.0])
     assert "1 of 2 texts are longer than data.seq_len = 5 and are left out." in data.notes
-    with pytest.raises(DataError, match=r"split 'train': example 0 .*data\.seq_len = 5.*data\.too_long"):
+    with pytest.raises(DataError, match=r"^split 'train': example 1 is longer than data\.seq_len = 5.*data\.too_long"):
         Encoder(bert_like(), "head", 5, "error")(examples, "train")
+    with pytest.raises(DataError, match=r"^split 'test': example 2 \(a\.csv:7\) and 2 others are longer"):
+        Encoder(bert_like(), "head", 5, "error")([examples[1], *examples[:1] * 3], "test", ["", "a.csv:7", "", ""])
     with pytest.raises(DataError, match="nothing is left"):
         Encoder(bert_like(), "head", 5, "skip")(examples[:1], "train")
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "kept"), [(2, []), (3, [0, 1, 2]), (4, [0, 1, 2]), (5, [0, 1, 2, 3])], ids=lambda value: str(value)
+)
+def test_a_text_of_which_nothing_would_be_left_is_left_out(seq_len: int, kept: list[int]) -> None:
+    """Special tokens alone say nothing; a tokenizer cuts nothing where there is no room for these."""
+    texts = [("a b c d", None), ("a", None), ("b", None), ("a b c", "d e f")]
+    examples = [Labelled(text, pair, float(n)) for n, (text, pair) in enumerate(texts)]
+    if not kept:
+        with pytest.raises(DataError, match=r"nothing is left of its 4 examples: .* 4 of 4 texts have no word within"):
+            Encoder(bert_like(), "head", seq_len)(examples, "train")
+        return
+    data = Encoder(bert_like(), "head", seq_len)(examples, "train")
+    assert data.source.tolist() == kept and (data.ids.lengths <= seq_len).all()
+    left_out = "1 of 4 texts have no word within data.seq_len and are left out."
+    assert (left_out in data.notes) == (len(kept) < 4)
 
 
 def test_the_answer_and_its_end_are_learned_and_nothing_else(words: Any) -> None:
@@ -102,7 +121,7 @@ def test_a_chat_whose_answer_is_cut_away_leaves_nothing_to_learn(words: Any) -> 
     data = Encoder(words, "causal", 60)(chats, "train")
     assert data.source.tolist() == [1]
     assert data.notes[1] == "1 of 2 chats have no answer within data.seq_len and are left out."
-    with pytest.raises(DataError, match="nothing is left of its 1 examples"):
+    with pytest.raises(DataError, match="nothing is left of its 1 example:"):
         Encoder(words, "causal", 60)(chats[:1], "train")
 
 

@@ -89,7 +89,7 @@ def test_what_evaluations_are_compared_by_stays(word: str, place: Path, tmp_path
 def test_a_split_that_cannot_be_scored_is_found_before_the_first_step(split: str, place: Path, tmp_path: Path) -> None:
     long = write_rows(tmp_path / "long.jsonl", [{"text": " ".join(sentences(40)), "label": "warm"}, *labelled_rows(9)])
     task = {**labelled(place), split: str(long)}
-    with pytest.raises(DataError, match=f"split '{split}': example 0"):
+    with pytest.raises(DataError, match=rf"split '{split}': example 1 \({long}:1\) is longer"):
         run(place, tmp_path, "bert", task, data__too_long="error")
     assert not (tmp_path / "run").exists()
 

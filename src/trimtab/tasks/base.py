@@ -79,12 +79,14 @@ class Loaded:
         labels: names of the classes in the order of their numbers; empty for other forms.
         skipped: by split, how many rows were passed over because `skip_bad_rows` asked for it.
         notes: what a user should know of them, one sentence each.
+        places: by split, the file and line of each example, for errors; a task need not say.
     """
 
     splits: Mapping[str, Sequence[Example]]
     labels: tuple[str, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    places: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def scored(self) -> list[str]:

@@ -21,7 +21,7 @@ from pydantic import Field
 from trimtab.errors import DataError
 from trimtab.tasks.base import Chat, Example, Form, Message, Prediction
 from trimtab.tasks.files import FileTask, Item, same
-from trimtab.tasks.rows import Row, Sources, no_column, read_rows, text_of
+from trimtab.tasks.rows import Row, Sources, no_column, read_rows, text_of, told
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = _ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -67,7 +67,7 @@ class ChatTask(FileTask):
                 skipped += 1
         if not items:
             why = f": of {skipped} rows none can be used, the first one for this: {first_bad}" if first_bad else ""
-            raise DataError(f"{setting}: there is no chat in it{why}")
+            raise DataError(f"{setting}: {told(source)}: there is no chat in it{why}")
         return items, skipped
 
     def _item(self, row: Row, setting: str) -> Item:

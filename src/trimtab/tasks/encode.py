@@ -14,12 +14,13 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimtab.errors import DataError
+from trimtab.report.words import many
 from trimtab.tasks.base import Chat, Example, Labelled, Plain, Written
 from trimtab.tasks.ragged import Ragged
 
@@ -103,6 +104,17 @@ class Encoded:
         return found
 
 
+class _Split(NamedTuple):
+    """The split that is encoded, and where its examples stand, as far as that is known."""
+
+    name: str
+    places: Sequence[str]
+
+    def example(self, number: int) -> str:
+        """An example (counted from 0) as an error names it."""
+        return f"split {self.name!r}: example {number + 1}" + (f" ({self.places[number]})" if self.places else "")
+
+
 class Encoder:
     """Turns examples into tokens for one model.
 
@@ -122,27 +134,32 @@ class Encoder:
     ) -> None:
         self.tokenizer, self.reading, self.seq_len, self.too_long = tokenizer, reading, seq_len, too_long
 
-    def __call__(self, examples: Sequence[Example], split: str) -> Encoded:
+    def __call__(self, examples: Sequence[Example], split: str, places: Sequence[str] = ()) -> Encoded:
         """Encode the examples of a split.
+
+        Args:
+            examples: one or more, all of one kind.
+            split: its name, for errors and notes.
+            places: the file and line of each example, where they are known.
 
         Raises:
             DataError: a sequence is too long and `too_long` is "error"; nothing is left to be scored; or the chat
                 template of the tokenizer cannot tell an answer's tokens.
         """
-        first = examples[0]
+        first, of = examples[0], _Split(split, places)
         if isinstance(first, Labelled):
-            found = self._labelled(examples, split)  # type: ignore[arg-type]
+            found = self._labelled(examples, of)  # type: ignore[arg-type]
         elif isinstance(first, Plain):
-            found = self._plain(examples, split)  # type: ignore[arg-type]
+            found = self._plain(examples)  # type: ignore[arg-type]
         elif isinstance(first, Chat):
-            found = self._chats(examples, split)  # type: ignore[arg-type]
+            found = self._chats(examples, of)  # type: ignore[arg-type]
         elif self.reading == "pair":
-            found = self._pairs(examples, split)  # type: ignore[arg-type]
+            found = self._pairs(examples, of)  # type: ignore[arg-type]
         else:
-            found = self._written(examples, split)  # type: ignore[arg-type]
+            found = self._written(examples, of)  # type: ignore[arg-type]
         if not len(found):
             raise DataError(
-                f"split {split!r}: nothing is left of its {len(examples)} examples: {' '.join(found.notes)} "
+                f"split {split!r}: nothing is left of its {many(len(examples), 'example')}: {' '.join(found.notes)} "
                 f"Raise data.seq_len = {self.seq_len}, as far as the model has positions, or shorten them"
             )
         return found
@@ -164,7 +181,7 @@ class Encoder:
 
     # -- the forms -----------------------------------------------------------------------------
 
-    def _labelled(self, examples: Sequence[Labelled], split: str) -> Encoded:
+    def _labelled(self, examples: Sequence[Labelled], of: _Split) -> Encoded:
         backend = self.tokenizer.backend_tokenizer
         pairs = [e.text if e.pair is None else (e.text, e.pair) for e in examples]
         backend.no_padding()
@@ -173,8 +190,13 @@ class Encoder:
             encodings = [e for part in _parts(pairs) for e in backend.encode_batch(part)]
         finally:
             backend.no_truncation()
-        long = np.asarray([bool(e.overflowing) for e in encodings])
-        keep, notes = self._judge(long, split, "texts")
+        # Where special tokens alone are more than `seq_len`, nothing is cut.
+        long = np.asarray([bool(e.overflowing) or len(e.ids) > self.seq_len for e in encodings])
+        keep, notes = self._judge(long, of, "texts")
+        taught = np.asarray([not cut or self._has_all(e) for e, cut in zip(encodings, long, strict=True)])
+        if mute := int((keep & ~taught).sum()):
+            notes.append(f"{mute} of {len(long)} texts have no word within data.seq_len and are left out.")
+        keep &= taught
         labels = np.asarray([np.nan if e.label is None else e.label for e in examples], dtype=np.float64)
         chosen = [e for e, kept in zip(encodings, keep, strict=True) if kept]
         typed = "token_type_ids" in self.tokenizer.model_input_names
@@ -186,13 +208,13 @@ class Encoder:
             notes=notes,
         )
 
-    def _written(self, examples: Sequence[Written], split: str) -> Encoded:
+    def _written(self, examples: Sequence[Written], of: _Split) -> Encoded:
         prompts = self._ids([as_prompt(e.source) for e in examples], special=True)
         answers = self._ids([e.references[0] for e in examples], special=False)
         end = [self._end()]
         begin = 1 if _adds_beginning(self.tokenizer) else 0
         long = np.asarray([len(p) + len(a) + 1 > self.seq_len for p, a in zip(prompts, answers, strict=True)])
-        keep, notes = self._judge(long, split, "examples")
+        keep, notes = self._judge(long, of, "examples")
         pairs = []
         for p, a in zip(prompts, answers, strict=True):
             room = max(self.seq_len - len(a) - 1, begin + 1)  # the answer stays, as far as it goes
@@ -200,12 +222,12 @@ class Encoder:
             pairs.append((p + a + end, [False] * len(p) + [True] * (len(a) + 1)))
         return self._causal(pairs, keep, notes, "examples")
 
-    def _chats(self, examples: Sequence[Chat], split: str) -> Encoded:
+    def _chats(self, examples: Sequence[Chat], of: _Split) -> Encoded:
         from trimtab.tasks.chattokens import ChatEncoder
 
         each = ChatEncoder(self.tokenizer).each([e.messages for e in examples])
         pairs = [(np.asarray(i, np.int32), np.asarray(flags, bool)) for i, flags in each]
-        keep, notes = self._judge(np.asarray([len(ids) > self.seq_len for ids, _ in pairs]), split, "chats")
+        keep, notes = self._judge(np.asarray([len(ids) > self.seq_len for ids, _ in pairs]), of, "chats")
         return self._causal(pairs, keep, notes, "chats")
 
     def _causal(
@@ -223,7 +245,7 @@ class Encoder:
             learned.flat[learned.starts[:-1]] = False
         return Encoded(Ragged.of([ids for ids, _ in chosen]), np.flatnonzero(keep), learned=learned, notes=notes)
 
-    def _plain(self, examples: Sequence[Plain], split: str) -> Encoded:
+    def _plain(self, examples: Sequence[Plain]) -> Encoded:
         """Long texts become pieces of `seq_len`; all but the first token of each are learned."""
         ids: list[NDArray[np.int32]] = []
         source, sizes = [], []
@@ -252,11 +274,11 @@ class Encoder:
         notes = [f"texts longer than data.seq_len = {self.seq_len} became {more} pieces more."] if more else []
         return Encoded(found, pieces, learned=learned, text_bytes=np.asarray(sizes, dtype=np.int64), notes=notes)
 
-    def _pairs(self, examples: Sequence[Written], split: str) -> Encoded:
+    def _pairs(self, examples: Sequence[Written], of: _Split) -> Encoded:
         sources = self._ids([e.source for e in examples], special=True, end=True)
         targets = [self._ended(ids) for ids in self._ids([e.references[0] for e in examples], special=True, end=True)]
         long = np.asarray([max(len(s), len(t)) > self.seq_len for s, t in zip(sources, targets, strict=True)])
-        keep, notes = self._judge(long, split, "examples")
+        keep, notes = self._judge(long, of, "examples")
         chosen = np.flatnonzero(keep)
         return Encoded(
             Ragged.of([self._shortened(sources[n]) for n in chosen]),
@@ -292,7 +314,11 @@ class Encoder:
         """At most `seq_len`, with the last token, which is the end, in its place."""
         return ids if len(ids) <= self.seq_len else [*ids[: self.seq_len - 1], ids[-1]]
 
-    def _judge(self, long: NDArray[np.bool_], split: str, what: str) -> tuple[NDArray[np.bool_], list[str]]:
+    def _has_all(self, encoding: Any) -> bool:
+        """Whether a token of each text is left where a text, or a pair, was cut, and no more than there is room for."""
+        return len(encoding.ids) <= self.seq_len and set(range(encoding.n_sequences)) <= set(encoding.sequence_ids)
+
+    def _judge(self, long: NDArray[np.bool_], of: _Split, what: str) -> tuple[NDArray[np.bool_], list[str]]:
         """Which examples stay, by `too_long`, and what to say of the others.
 
         Raises:
@@ -300,9 +326,10 @@ class Encoder:
         """
         number = int(long.sum())
         if number and self.too_long == "error":
+            first = of.example(int(np.flatnonzero(long)[0]))
+            who = f"{first} is" if number == 1 else f"{first} and {many(number - 1, 'other')} are"
             raise DataError(
-                f"split {split!r}: example {int(np.flatnonzero(long)[0])} and {number - 1} others are longer than "
-                f"data.seq_len = {self.seq_len} tokens; raise it, or set data.too_long to cut or skip"
+                f"{who} longer than data.seq_len = {self.seq_len} tokens; raise it, or set data.too_long to cut or skip"
             )
         done = {"cut": "are cut", "skip": "are left out", "error": ""}[self.too_long]
         notes = [f"{number} of {len(long)} {what} are longer than data.seq_len = {self.seq_len} and {done}."]

@@ -11,9 +11,10 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from trimtab.data.sources import is_validation
 from trimtab.errors import ConfigError, DataError
+from trimtab.report.words import many
 from trimtab.tasks import metrics
 from trimtab.tasks.base import Example, Labelled, Loaded, Task, Written
-from trimtab.tasks.rows import Layout, Row, Sources, read_rows, text_of
+from trimtab.tasks.rows import Layout, Row, Sources, read_rows, text_of, told
 from trimtab.tasks.words import check_template
 
 _SHARE = 0.1
@@ -136,6 +137,7 @@ class FileTask(Task):
             labels,
             skipped,
             tuple(notes),
+            {name: [item.where for item in items] for name, items in splits.items()},
         )
 
     def _read(self, split: str, source: Sources) -> tuple[list[Item], int]:
@@ -151,8 +153,8 @@ class FileTask(Task):
                     raise
                 skipped += 1
         if not items:
-            passed = f" ({skipped} bad ones were passed over)" if skipped else ""
-            raise DataError(f"{setting}: there is no row in it{passed}")
+            passed = f" ({many(skipped, 'bad one was', 'bad ones were')} passed over)" if skipped else ""
+            raise DataError(f"{setting}: {told(source)}: there is no row in it{passed}")
         return items, skipped
 
     def _check_drawn(self, splits: dict[str, list[Item]], share: float) -> None:

@@ -14,7 +14,7 @@ from trimtab.errors import DataError
 from trimtab.settings import HubSource
 from trimtab.tasks.rowformats import KINDS, Bad, Layout, Row, hub_rows, kind_of, no_column, open_rows
 
-__all__ = ["Layout", "Row", "Rows", "Source", "Sources", "no_column", "read_rows", "text_of"]
+__all__ = ["Layout", "Row", "Rows", "Source", "Sources", "no_column", "read_rows", "text_of", "told"]
 
 #: One source: a file, a folder, `package:NAME/PATH`, or a dataset of the hub.
 Source = str | HubSource
@@ -66,6 +66,12 @@ def read_rows(
         text = str(error)
         raise DataError(text if text.startswith(f"{setting}:") else f"{setting}: {text}") from error
     return Rows(rows, sink.skipped)
+
+
+def told(source: Sources) -> str:
+    """Sources as an error names them."""
+    each = [source] if isinstance(source, str | HubSource) else source
+    return ", ".join(one if isinstance(one, str) else f"{one.dataset} ({one.split})" for one in each)
 
 
 def text_of(row: Row, column: str, setting: str, *, empty: bool = False) -> str:

@@ -139,7 +139,7 @@ def prepare(config: FinetuneConfig) -> Material:
         )
     train: list[Example] = list(loaded.splits["train"])
     written = as_written(config.task, reading, loaded, train)
-    encoded = encoder(written, "train")
+    encoded = encoder(written, "train", loaded.places.get("train", ()))
     if reading != "head" and config.task.has_sources:
         _check_words(config.task, loaded, tokenizer)
         longest = config.task.decoding.get("max_new_tokens", int(encoded.due.max()))

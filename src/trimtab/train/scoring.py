@@ -107,7 +107,7 @@ class Scorer:
         self.encoder, self.collate, self.options = encoder, collate, options
         self._examples = {split: known_answers(loaded.splits[split]) for split in loaded.scored}
         self.encoded = {
-            split: encoder(as_written(task, reading, loaded, examples), split)
+            split: encoder(as_written(task, reading, loaded, examples), split, known_places(loaded, split))
             for split, examples in self._examples.items()
         }
         self.notes = [f"split {split}: {note}" for split, data in self.encoded.items() for note in data.notes]
@@ -256,7 +256,17 @@ class _NoRepeatInAnswer(NoRepeatNGramLogitsProcessor):
 
 def known_answers(examples: Sequence[Example]) -> list[Example]:
     """Without those whose label is kept secret."""
-    return [e for e in examples if not (isinstance(e, Labelled) and e.label is None)]
+    return [e for e in examples if _is_known(e)]
+
+
+def known_places(loaded: Loaded, split: str) -> list[str]:
+    """Where the examples of `known_answers` stand; empty where the task does not say."""
+    places = loaded.places.get(split, ())
+    return [p for p, e in zip(places, loaded.splits[split], strict=True) if _is_known(e)] if places else []
+
+
+def _is_known(example: Example) -> bool:
+    return not (isinstance(example, Labelled) and example.label is None)
 
 
 def as_written(task: Task, reading: Reading, loaded: Loaded, examples: Sequence[Example]) -> Sequence[Example]:
