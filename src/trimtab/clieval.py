@@ -89,6 +89,8 @@ def evaluate(
     if text is not None:
         if lm_eval is not None or any(word.partition("=")[0] == "task" for word in overrides):
             raise ConfigError("--text: a text is measured in place of a task; leave one of the two out")
+        if text.is_dir():
+            raise ConfigError(f"--text {text}: is a folder; give a file")
         if not text.is_file():
             raise ConfigError(f"--text {text}: there is no such file")
         extra.append(_language(str(text)))

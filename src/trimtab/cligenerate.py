@@ -42,14 +42,15 @@ WHAT IS ASKED
   /adapter NAME or none, /adapters, /system TEXT, /reset, /quit. Ctrl-C ends an answer, Ctrl-D the
   chat. A chat that outgrows the model's positions loses its oldest turns, and says so.
   A file is .txt with a prompt a line, or .jsonl (.json, .csv, .parquet) with a column prompt, or
-  messages: [{role, content}].
+  messages: [{role, content}]; for the run of a task also with the task's own column (text, source).
 
 \b
 HOW IT IS ASKED
   A model with a chat template is given a prompt as the user's message in it; --no-chat leaves the
   template out. The run of a task with sources (seq2seq, e2e, labels in words) is given a prompt as
   the source: in the run's own prompt template, as in training, and in no chat template; --raw gives
-  it as it stands. Any other model goes on from the prompt as it stands.
+  it as it stands. The run of the task chat has its task.system, unless --system or the chat itself
+  brings another. Any other model goes on from the prompt as it stands.
 
 \b
 HOW TOKENS ARE CHOSEN
@@ -205,7 +206,7 @@ def generate(
     folders = _named_folders(adapter or [])
     if len(folders) > 1 and not talk:
         raise ConfigError("several adapters are for a chat, where /adapter NAME switches; answer prompts with one")
-    from trimtab.generate import Sampling, open_generator, read_prompts
+    from trimtab.generate import Sampling, find_base, open_generator, read_prompts
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -216,13 +217,17 @@ def generate(
         beams=beams,
         seed=seed,
     )
-    prompts = read_prompts(file) if file is not None else _given(prompt, standard_input, raw=raw)
-    if out is not None and out.exists():
-        raise ConfigError(f"--out {out}: is there already; name a new file, or remove it")
-    generator = open_generator(base, folders, dtype=_torch_dtype(dtype), device=device, raw=raw)
+    task = find_base(base).task
+    prompts = (
+        read_prompts(file, task.asked_columns if task else ())
+        if file is not None
+        else _given(prompt, standard_input, raw=raw)
+    )
+    if out is not None:
+        _check_new(out)
+    generator = open_generator(base, folders, dtype=_torch_dtype(dtype), device=device, raw=raw, sampling=sampling)
     if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
         raise KeyboardInterrupt
-    generator.check(sampling)
     if talk:
         from trimtab.generate import Conversation
 
@@ -236,6 +241,16 @@ def generate(
     else:
         _write_all(generator, sampling, asked, chat, out)
     return 0
+
+
+def _check_new(out: Path) -> None:
+    """See that a file can be made."""
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder; name a new file, such as {out / 'answers.jsonl'}")
+    if out.exists():
+        raise ConfigError(f"--out {out}: is there already; name a new file, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}")
 
 
 def _given(texts: list[str] | None, standard_input: str | None, *, raw: bool) -> list[Prompt]:

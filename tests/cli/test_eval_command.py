@@ -129,6 +129,7 @@ def test_a_text_is_one_whatever_the_file_is_called(place: Path, tmp_path: Path) 
         (["PLACE/llama", "--text", "PLACE/bytes"], "bytes: not UTF-8 at byte 2"),
         (["PLACE/llama"], "it has no task"),
         (["PLACE/llama", "--text", "nowhere.txt"], "there is no such file"),
+        (["PLACE/llama", "--text", "PLACE"], "trimtab: --text PLACE: is a folder; give a file"),
         (["PLACE/llama", "--text", "PLACE/text.txt", "task={name: glue}"], "in place of a task"),
         (["PLACE/llama", "--text", "PLACE/text.txt", "--out", "no/where/a.json"], "there is no folder"),
         (["PLACE/bert", "task={name: classification, train: PLACE/train.jsonl}"], "has no head for this task"),

@@ -129,6 +129,50 @@ def test_what_is_wrong_is_one_line(
     assert ended.status == 2 and last.startswith("trimtab: ") and error in last and ended.out == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--max-new-tokens", "0"), "max_new_tokens = 0: give a whole number, at least 1"),
+        (("--top-p", "1.5"), "top_p = 1.5: give a number above 0, at most 1"),
+        (("--top-k", "-1"), "top_k = -1"),
+        (("--temperature", "nan"), "temperature = nan"),
+        (("--repetition-penalty", "0"), "repetition_penalty = 0.0"),
+        (("--beams", "0"), "beams = 0"),
+        (("--seed", "-1"), "seed = -1"),
+        (("--seed", "1"), "seed = 1: has no effect, since this model takes the likeliest"),
+        (("--device", "tpu"), "device = 'tpu'"),
+        (("--adapter", "/nowhere"), "/nowhere: there is no such folder"),
+        (("--out", "{folder}"), "is a folder; name a new file, such as"),
+        (("--out", "{folder}/none/a.jsonl"), "there is no folder"),
+    ],
+)
+def test_what_needs_no_weights_is_found_before_they_are_read(
+    words: tuple[str, ...],
+    error: str,
+    folders: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("trimtab.generate.open.load_for_generation", read)
+    given = [word.format(folder=tmp_path) for word in words]
+    ended = run(capsys, "generate", folders["plain"], "--prompt", "a", *given)
+    assert ended.status == 2 and error in ended.err
+
+
+def test_a_base_without_a_tokenizer_is_told_in_words_of_this_command(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no setting model.tokenizer here."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(Path(folders["plain"]) / name)
+    ended = run(capsys, "generate", str(tmp_path), "--prompt", "a")
+    assert ended.status == 2 and "BASE: the tokenizer of" in ended.err and "model.tokenizer" not in ended.err
+
+
 def test_an_adapter_is_named_after_its_folder_or_its_run(tmp_path: Path) -> None:
     """A name may be given; a path that holds an equals sign is a path where it exists."""
     odd = tmp_path / "lr=3"

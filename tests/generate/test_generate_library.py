@@ -282,7 +282,7 @@ def test_what_is_no_model_to_write_with_is_said(tmp_path: Path) -> None:
     for name, error in (
         (str(tmp_path / "empty"), r"^BASE: the folder .*empty has no config.json"),
         (str(tmp_path / "none"), r"^BASE: there is no folder"),
-        ("llama-9m", r"^BASE: llama-9m is a preset, a model with random weights"),
+        ("llama-9m", r"^BASE: llama-9m is a preset, whose weights are random"),
         (str(tmp_path / "bert"), r"^BASE: .*bert"),
     ):
         with pytest.raises(ConfigError, match=error):

@@ -15,7 +15,7 @@ from rich.console import Console
 from trimtab.cli import main
 from trimtab.errors import ConfigError
 from trimtab.finetuneconfig import FinetuneConfig
-from trimtab.generate import Conversation, Generator, Sampling, open_generator
+from trimtab.generate import Conversation, Generator, Message, Sampling, open_generator, read_prompts
 from trimtab.loadconfig import load_tree
 from trimtab.tasks.registry import parse_task
 from trimtab.train.finetune import finetune
@@ -89,6 +89,61 @@ def test_a_chat_run_keeps_its_template(place: Path, tmp_path: Path) -> None:
     assert generator.chats and "im_start" in generator.tokenizer.decode(generator.encode("the cat"))
     raw = open_generator(str(folder), device="cpu", raw=True)
     assert raw.tokenizer.decode(raw.encode("the cat")) == "the cat"
+
+
+def test_a_chat_run_is_given_the_system_prompt_of_its_task(place: Path, tmp_path: Path) -> None:
+    """As in training, unless the chat, or the user, brings another."""
+    task = {"name": "chat", "train": str(place / "chats.jsonl"), "system": "the sun"}
+    folder = str(trained(place, tmp_path, "llama", task))
+    own, raw = open_generator(folder, device="cpu"), open_generator(folder, device="cpu", raw=True)
+    system, asked, other = Message("system", "the sun"), Message("user", "the cat"), Message("system", "the moon")
+    whole = raw.encode([system, asked], chat=True)
+    assert own.encode("the cat") == own.encode([asked]) == whole != raw.encode([asked], chat=True)
+    assert own.encode([other, asked]) == raw.encode([other, asked], chat=True)
+    assert own.encode([asked], chat=False) == raw.encode([system, asked], chat=False)
+    assert own.encode("the cat", chat=False) == raw.encode("the cat")
+    shown: list[str] = []
+    lines = iter(["/system the moon", "/system", "the cat", "/quit"])
+    sampling = Sampling(max_new_tokens=4, temperature=0)
+    Conversation(own, sampling, read=lambda _: next(lines), write=shown.append).run()
+    assert "the system prompt is the task's own" in "".join(shown)
+    assert raw.answer([system, asked], sampling, chat=True).text in "".join(shown)
+
+
+@pytest.mark.parametrize(
+    ("task", "column"),
+    [
+        ({"name": "seq2seq", "train": "a", "source": "article", "prompt": "{source}"}, "article"),
+        ({"name": "classification", "train": "a", "text": "review"}, "review"),
+        ({"name": "regression", "train": "a"}, "text"),
+        ({"name": "language", "train": "a", "text": "body"}, "body"),
+        ({"name": "glue", "subset": "cola"}, "sentence"),
+        ({"name": "e2e"}, "mr"),
+        ({"name": "e2e", "folder": "a"}, "meaning_representation"),
+        ({"name": "classification", "train": "a", "pair": "b"}, "prompt"),
+        ({"name": "glue", "subset": "rte"}, "prompt"),
+        ({"name": "chat", "train": "a"}, "prompt"),
+    ],
+)
+def test_a_file_of_the_task_is_read_by_its_own_column(task: dict[str, Any], column: str, tmp_path: Path) -> None:
+    rows = [{column: "the cat", "label": 1}, {column: "a dog"} | ({} if column == "prompt" else {"prompt": "other"})]
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    assert [prompt.asked for prompt in read_prompts(file, parse_task(task).asked_columns)] == ["the cat", "a dog"]
+
+
+def test_prompts_of_a_file_need_not_be_renamed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = {"name": "seq2seq", "train": str(place / "pairs.jsonl"), "prompt": "Say: {source}."}
+    folder = str(trained(place, tmp_path, "llama", task))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"source": "the cat"}, {"prompt": "the dog"}])
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", folder, "--device", "cpu", "--max-new-tokens", "2", "--file", str(rows)])
+    shown = capsys.readouterr().out
+    assert not ended.value.code and "> the cat\n" in shown and "> the dog\n" in shown
+    write_rows(rows, [{"sourze": "the cat"}])
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", folder, "--device", "cpu", "--file", str(rows)])
+    assert ended.value.code == 2
+    assert "no column 'source'; the columns are 'sourze'; did you mean 'sourze'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

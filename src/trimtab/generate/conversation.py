@@ -15,7 +15,7 @@ from trimtab.tasks.base import Message
 HELP = """\
 /adapter NAME   let this adapter answer from now on; /adapter none: the base alone
 /adapters       the adapters there are
-/system TEXT    the system prompt from now on; without TEXT there is none
+/system TEXT    the system prompt from now on; without TEXT there is none, or that of the run's task
 /reset          forget what was said
 /quit           leave (or Ctrl-D)
 /help           this list
@@ -37,7 +37,7 @@ class Conversation:
 
     Attributes:
         history: the turns so far, without the system prompt.
-        system: the system prompt, or None.
+        system: the system prompt that was set; None leaves it to the generator.
 
     Raises:
         ConfigError: a template or a system prompt is asked for, and the model has no template.
@@ -56,7 +56,7 @@ class Conversation:
     ) -> None:
         self.generator, self.sampling = generator, sampling
         self._read, self._write = read, write
-        self._chat = generator.chats if chat is None else chat
+        self._chat, self._asked = generator.chats if chat is None else chat, chat
         self.history: list[Message] = []
         self.system: str | None = None
         self._stopped = False
@@ -107,7 +107,10 @@ class Conversation:
             self._list()
         elif name == "system":
             self._set_system(rest or None)
-            self._say("the system prompt is set" if rest else "there is no system prompt")
+            none = (
+                "there is no system prompt" if self.generator.system is None else "the system prompt is the task's own"
+            )
+            self._say("the system prompt is set" if rest else none)
         elif name == "reset":
             self.history.clear()
             self._say("forgotten")
@@ -147,7 +150,7 @@ class Conversation:
         try:
             with self._interruptible():
                 answer = self.generator.answer(
-                    asked, self.sampling, chat=self._chat, write=self._write, stopped=lambda: self._stopped
+                    asked, self.sampling, chat=self._asked, write=self._write, stopped=lambda: self._stopped
                 )
         except BaseException:
             del self.history[-1:]  # what was not answered was not said

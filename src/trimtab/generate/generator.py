@@ -91,6 +91,21 @@ class Sampling:
             chosen["do_sample"] = True
         return chosen
 
+    def check(self, stored: Any) -> None:
+        """Refuse a seed for what is not drawn.
+
+        Args:
+            stored: the model's generation config.
+
+        Raises:
+            ConfigError: as said.
+        """
+        if self.seed is not None and not self.arguments().get("do_sample", getattr(stored, "do_sample", False)):
+            raise ConfigError(
+                f"seed = {self.seed}: has no effect, since this model takes the likeliest token each time; give a "
+                "temperature, top_p or top_k"
+            )
+
 
 class Answer(NamedTuple):
     """What a model wrote: the text without special tokens, how many tokens it took, and why it ended."""
@@ -110,6 +125,7 @@ class Generator:
         raw: give texts as they stand, with neither the task's prompt nor, unless it is asked for, a chat template.
 
     Attributes:
+        system: the system prompt of chats that bring none, as the task has it; None for none.
         chats: whether chats are put into the tokenizer's chat template where nothing else is said: there is one, and
             the model was not fine-tuned for something else.
         task: the task whose prompt is put around a text; None for none.
@@ -120,6 +136,7 @@ class Generator:
         self._templated = bool(tokenizer.chat_template)
         self.chats = self._templated and not raw and (task is None or task.form == "chat")
         self.task = task if task is not None and task.has_sources and not raw else None
+        self.system = None if task is None or raw else task.system_prompt
         self._pair = bool(model.config.is_encoder_decoder)
         stored = getattr(model, "generation_config", None)
         ends = getattr(stored, "eos_token_id", None)
@@ -181,9 +198,10 @@ class Generator:
         """The tokens that an answer goes on from.
 
         Args:
-            asked: a text, or the messages of a chat.
+            asked: a text, or the messages of a chat; these get `system` if they bring no system prompt.
             chat: put it into the model's chat template, a text as the user's message. None: as `chats` says. Outside
-                of a template, a text is the source of the task that the model was fine-tuned for, if there is one.
+                of a template, a text is the source of the task that the model was fine-tuned for, if there is one;
+                with False, it has no system prompt before it.
 
         Raises:
             ConfigError: there is no template, nothing is asked, or the task makes no source of one text.
@@ -202,7 +220,9 @@ class Generator:
         if self.task is not None and isinstance(asked, str) and not template:
             source = Written(self.task.as_source(asked), ())
             return Encoder(self.tokenizer, "pair" if self._pair else "causal", _ANY_LENGTH).prompts([source])[0]
-        messages = [Message("user", asked)] if isinstance(asked, str) else asked
+        messages = [Message("user", asked)] if isinstance(asked, str) else list(asked)
+        if self.system is not None and messages[0].role != "system" and not (chat is False and isinstance(asked, str)):
+            messages.insert(0, Message("system", self.system))
         if self._pair and not template:  # an encoder reads the end of a text, too
             return list(self.tokenizer(plain_chat(messages, self.tokenizer.eos_token or ""))["input_ids"])
         return encode_prompt(self.tokenizer, messages, template=template)
@@ -223,19 +243,6 @@ class Generator:
                 "shorten it"
             )
         return left
-
-    def check(self, sampling: Sampling) -> None:
-        """Refuse a seed for what is not drawn.
-
-        Raises:
-            ConfigError: as said.
-        """
-        draws = sampling.arguments().get("do_sample", getattr(self.model.generation_config, "do_sample", False))
-        if sampling.seed is not None and not draws:
-            raise ConfigError(
-                f"seed = {sampling.seed}: has no effect, since this model takes the likeliest token each time; give a "
-                "temperature, top_p or top_k"
-            )
 
     def reserve(self, sampling: Sampling) -> int:
         """Tokens that a chat leaves for the next answer: what may be written, and at most a quarter of all."""
@@ -265,7 +272,7 @@ class Generator:
             DataError: as `encode`.
         """
         sampling = sampling or Sampling()
-        self.check(sampling)
+        sampling.check(self.model.generation_config)
         ids = self.encode(asked, chat=chat)
         room = self.room(ids)
         most = sampling.max_new_tokens or self._max_new

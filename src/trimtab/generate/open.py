@@ -11,13 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import yaml
 from pydantic import ValidationError
+from transformers import GenerationConfig
 
 from trimtab.errors import ConfigError, TrimtabError
 from trimtab.finetuneconfig import TaskModelConfig, is_finetuning
-from trimtab.generate.generator import Generator
-from trimtab.methods.folder import CONFIG_FILE
-from trimtab.models.load import load_for_generation
+from trimtab.generate.generator import Generator, Sampling
+from trimtab.methods.folder import CONFIG_FILE, read_adapter_folder
+from trimtab.models.load import load_for_generation, read_config
 from trimtab.models.taskmodel import fitting_length, quantize_as, task_tokenizer
+from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Task
 from trimtab.tasks.registry import parse_task
 
@@ -39,6 +41,7 @@ def open_generator(
     dtype: torch.dtype | None = None,
     device: str = "auto",
     raw: bool = False,
+    sampling: Sampling | None = None,
 ) -> Generator:
     """Load a model with its tokenizer and adapters; the first of these is at work.
 
@@ -49,6 +52,7 @@ def open_generator(
         dtype: of the weights; None is bf16 on a GPU and fp32 on a CPU.
         device: "auto" (a GPU where there is one), "cpu", "cuda", or "cuda:1".
         raw: of a fine-tuning run, give texts as they stand, not as the source of its task (see `Generator`).
+        sampling: how tokens are to be chosen: what is wrong with it is found before any weight is read.
 
     Raises:
         ConfigError: there is no such model, it cannot be reached or read or writes nothing; an adapter's name is taken.
@@ -58,9 +62,15 @@ def open_generator(
     found, where = find_base(base), _device(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     with _named_base(base):
+        hf = read_config(found.config.name)
+        tokenizer = task_tokenizer(found.config, "save one in that folder (tokenizer.save_pretrained)")
+        fitting_length(found.config, hf, tokenizer, None)
+    if sampling is not None:
+        sampling.check(_generation_config(found.config.name, hf))
+    for path in (adapters or {}).values():
+        read_adapter_folder(Path(path).expanduser())
+    with _named_base(base):
         model = load_for_generation(found.config.name, dtype)
-        tokenizer = task_tokenizer(found.config)
-        fitting_length(found.config, model.config, tokenizer, None)
         quantize_as(found.config, model, dtype)
         model.to(where)
     generator = Generator(model, tokenizer, found.task, raw=raw)
@@ -128,6 +138,16 @@ def _classifies(model: Path) -> bool:
     except (OSError, ValueError):
         return False
     return any("SequenceClassification" in str(name) for name in tree.get("architectures") or ())
+
+
+def _generation_config(name: str, hf: Any) -> GenerationConfig:
+    """What a model will have when it is loaded."""
+    folder = Path(name).expanduser()
+    try:
+        with quiet_libraries():
+            return GenerationConfig.from_pretrained(str(folder) if folder.is_dir() else name)
+    except OSError:  # there is none
+        return GenerationConfig.from_model_config(hf)
 
 
 def _device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +23,13 @@ class Prompt(NamedTuple):
     asked: Asked
 
 
-def read_prompts(file: str) -> list[Prompt]:
+def read_prompts(file: str, columns: Sequence[str] = ()) -> list[Prompt]:
     """All prompts of a file, in its order.
 
     Args:
         file: .txt with one a line; a file of rows (.jsonl, .json, .csv, .tsv, .parquet) with a column `prompt` or
             `messages`; or "-", lines from standard input.
+        columns: of rows, columns that are read before these, where a row has one of them: those of a task.
 
     Raises:
         DataError: the file cannot be read or holds nothing; a line is not UTF-8 or empty; a row has neither column, or
@@ -40,7 +42,7 @@ def read_prompts(file: str) -> list[Prompt]:
             data = opened.read()
         found = _lines(data, file)
     else:
-        found = _rows(file)
+        found = _rows(file, columns)
     if not found:
         raise DataError(f"{_SETTING}: {file}: there is no prompt in it")
     return found
@@ -58,14 +60,15 @@ def _lines(data: bytes, name: str) -> list[Prompt]:
     return found
 
 
-def _rows(file: str) -> list[Prompt]:
+def _rows(file: str, columns: Sequence[str]) -> list[Prompt]:
     found = []
     for row in read_rows(file, _SETTING).rows:
-        if row.values.get("messages") is not None:
+        own = next((name for name in columns if name in row.values), None)
+        if own is None and row.values.get("messages") is not None:
             asked: Asked = messages_of(row, _SETTING)
-        elif "prompt" in row.values:
-            asked = text_of(row, "prompt", _SETTING)
+        elif own is not None or "prompt" in row.values:
+            asked = text_of(row, own or "prompt", _SETTING)
         else:
-            raise no_column(f"{_SETTING}: {row.where}", "prompt", row.values)
+            raise no_column(f"{_SETTING}: {row.where}", [*columns, "prompt"][0], row.values)
         found.append(Prompt(row.where, asked))
     return found

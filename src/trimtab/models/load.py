@@ -165,10 +165,6 @@ def load_for_generation(name: str, dtype: torch.dtype = torch.float32) -> PreTra
     Raises:
         ConfigError: there is no such model, it cannot be reached or read, or it writes nothing.
     """
-    if name in PRESETS:
-        raise ConfigError(
-            f"model.name: {name} is a preset, a model with random weights; give the folder or hub name of a trained one"
-        )
     if read_config(name).is_encoder_decoder:
         return _load(name, AutoModelForSeq2SeqLM, "encoder-decoder model of text", dtype)
     model = _load(name, dtype=dtype)

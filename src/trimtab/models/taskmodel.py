@@ -198,8 +198,10 @@ def _quantized(do: Any, config: TaskModelConfig, what: Any, *, compute: torch.dt
         raise ConfigError(f"model.quantize = {config.quantize}: {error}") from error
 
 
-def task_tokenizer(config: TaskModelConfig) -> Any:
-    """The tokenizer of a checkpoint, with a token to pad with.
+def task_tokenizer(
+    config: TaskModelConfig, way_out: str = "name a folder or a hub's tokenizer with model.tokenizer"
+) -> Any:
+    """The tokenizer of a checkpoint, with a token to pad with; `way_out` is said where there is none.
 
     Raises:
         DataError: there is none, it has no fast form, or no token that ends a text.
@@ -212,10 +214,7 @@ def task_tokenizer(config: TaskModelConfig) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name, trust_remote_code=False)
     except Exception as error:  # the libraries below raise many kinds; all of them mean that it did not load
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{setting}: the tokenizer of {name!r} could not be loaded ({first}); name a folder or a hub's tokenizer "
-            "with model.tokenizer"
-        ) from error
+        raise DataError(f"{setting}: the tokenizer of {name!r} could not be loaded ({first}); {way_out}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"{setting}: the tokenizer of {name!r} has no fast form (tokenizer.json), which is needed")
     if tokenizer.pad_token_id is None:

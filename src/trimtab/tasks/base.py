@@ -151,6 +151,16 @@ class Task(Settings, abc.ABC):
         """Whether a model that writes is given a source and answers, as against chats and texts to go on with."""
         return self.form in ("class", "number", "text")
 
+    @property
+    def asked_columns(self) -> tuple[str, ...]:
+        """Columns of its files, each of which holds all that is asked (see `as_source`); empty where none does."""
+        return ()
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt that `load` gives to chats that bring none."""
+        return None
+
     def as_source(self, text: str) -> str:
         """A text of a user's own as `load` (or `as_text`) makes a source of one: with the task's prompt around it.
 

@@ -46,6 +46,10 @@ class ChatTask(FileTask):
     def form(self) -> Form:
         return "chat"
 
+    @property
+    def system_prompt(self) -> str | None:
+        return self.system
+
     def _columns(self) -> list[str]:
         return []
 

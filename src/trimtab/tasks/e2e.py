@@ -30,6 +30,8 @@ _HUB = "tuetschek/e2e_nlg"
 _PARQUET = "refs/convert/parquet"
 
 _OFFICIAL = {"train": "trainset.csv", "validation": "devset.csv", "test": "testset_w_refs.csv"}
+#: Of the attributes and the text, in the official files and at the hub.
+_FILE_COLUMNS, _HUB_COLUMNS = ("mr", "ref"), ("meaning_representation", "human_reference")
 _LORA = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
 
 _SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[([^\]]*)\]\s*(?:,|$)")
@@ -119,6 +121,11 @@ class E2E(Task):
         references = [cast(Written, example).references for example in examples]
         return score_generated(texts, references, meteor_jar=self.meteor_jar, tokenizer_jar=self.tokenizer_jar)
 
+    @property
+    def asked_columns(self) -> tuple[str, ...]:
+        """The attributes, as the official files and the hub call them."""
+        return _FILE_COLUMNS[0], _HUB_COLUMNS[0]
+
     def as_source(self, text: str) -> str:
         """Attributes as the official files write them, or as LoRA's do (`name : Blue Spice | ...`), which stay so."""
         text = _mend(text)
@@ -142,12 +149,12 @@ class E2E(Task):
         bad = self.skip_bad_rows
         if self.folder is None:
             given = self.dataset or HubSource(dataset=_HUB, revision=_PARQUET)
-            setting, place, columns = "task.dataset", given.dataset, ("meaning_representation", "human_reference")
+            setting, place, columns = "task.dataset", given.dataset, _HUB_COLUMNS
             found = read_rows(given.model_copy(update={"split": split}), setting, skip_bad=bad, columns=columns)
             official = True
         else:
             path = _file(self.folder, split)
-            setting, place, columns = "task.folder", str(path), ("mr", "ref")
+            setting, place, columns = "task.folder", str(path), _FILE_COLUMNS
             official = path.suffix == ".csv"
             found = read_rows(place, setting, skip_bad=bad, columns=columns) if official else _lines(path, bad)
             if not official and self.source_form == "official":

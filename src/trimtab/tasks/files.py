@@ -216,6 +216,10 @@ class LabelledFileTask(FileTask):
         prompt = self.prompt or ("{text}\n" if self.pair is None else "{text}\n{pair}\n") + self.asks
         return prompt.format(text=example.text, pair=example.pair)
 
+    @property
+    def asked_columns(self) -> tuple[str, ...]:
+        return (self.text,) if self.pair is None else ()
+
     def as_source(self, text: str) -> str:
         if self.pair is not None:
             raise two_texts(self.name)

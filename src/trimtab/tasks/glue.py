@@ -188,6 +188,10 @@ class GLUE(Task):
         known = f"one of {', '.join(names)} or its number from 0" if names else "a number from 0 to 5"
         raise DataError(f"{where} holds {value!r}, not {known}")
 
+    @property
+    def asked_columns(self) -> tuple[str, ...]:
+        return self._of.columns if len(self._of.columns) == 1 else ()
+
     def as_source(self, text: str) -> str:
         if len(self._of.columns) > 1:
             raise two_texts(f"{self.name} {self.subset}")

@@ -28,6 +28,10 @@ class Language(FileTask):
     def _columns(self) -> list[str]:
         return [self.text]
 
+    @property
+    def asked_columns(self) -> tuple[str, ...]:
+        return (self.text,)
+
     def _layout(self) -> Layout:
         return super()._layout()._replace(text_files=self.text)
 

@@ -59,6 +59,10 @@ class Seq2Seq(FileTask):
         targets = tuple(text_of(one, self.target, setting) for one in each)
         return Item(row.where, same(source), Written(self.as_source(source), targets))
 
+    @property
+    def asked_columns(self) -> tuple[str, ...]:
+        return (self.source,)
+
     def as_source(self, text: str) -> str:
         return self.prompt.format(source=text)
 
