@@ -28,8 +28,10 @@ from trimtab.cliparts import (
     interrupted,
     note_interrupt,
     open_console,
+    plain_warnings,
     split_words,
     to_nowhere,
+    told_if_interrupted,
 )
 from trimtab.errors import ConfigError
 
@@ -199,13 +201,14 @@ def pretrain(
 
         show(config, console)
         return 0
-    from trimtab.train.run import pretrain as train
+    with told_if_interrupted(resume or config.out / config.name):
+        from trimtab.train.run import pretrain as train
 
-    if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
-        raise KeyboardInterrupt
-    for note in unused_settings(config):
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    return int(train(config, resume=resume, console=console).exit_status)
+        if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
+            raise KeyboardInterrupt
+        for note in unused_settings(config):
+            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        return int(train(config, resume=resume, console=console).exit_status)
 
 
 @app.command(cls=RunCommand, help=_TOKENIZE, short_help="Turn text into a store of tokens.")
@@ -256,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, note_interrupt)
     try:
-        status = app(args=None if arguments is None else list(arguments), prog_name="trimtab", standalone_mode=False)
+        with plain_warnings():
+            words = None if arguments is None else list(arguments)
+            status = app(args=words, prog_name="trimtab", standalone_mode=False)
         sys.stdout.flush()
     except Fault as fault:
         status = _complain(str(fault))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -30,7 +31,8 @@ def one_line_errors(function: Callable[P, int]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             status = function(*args, **kwargs)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            print(f"trimtab: {stop or 'interrupted'}", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
         except TrimtabError as error:
             raise Fault(str(error)) from error

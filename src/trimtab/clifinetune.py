@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trimtab.clierrors import one_line_errors
-from trimtab.cliparts import Words, config_of, interrupted, open_console, split_words
+from trimtab.cliparts import Words, config_of, interrupted, open_console, split_words, told_if_interrupted
 from trimtab.errors import ConfigError
 
 FINETUNE = """Fine-tune a Hugging Face checkpoint for a task, with any method.
@@ -121,11 +121,12 @@ def finetune(
     if path is None and not overrides:
         raise ConfigError("command line: no config file is given; name one, such as examples/finetune-reviews.yaml")
     config = load_tree(FinetuneConfig, path, overrides)
-    from trimtab.train.finetune import finetune as train
+    with told_if_interrupted(resume or config.out / config.name):
+        from trimtab.train.finetune import finetune as train
 
-    if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
-        raise KeyboardInterrupt
-    return int(train(config, resume=resume, console=open_console()).exit_status)
+        if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
+            raise KeyboardInterrupt
+        return int(train(config, resume=resume, console=open_console()).exit_status)
 
 
 def _compare(
@@ -147,4 +148,7 @@ def _compare(
     if dry_run:
         show_plan(plan, open_console())
         return 0
-    return compare(plan, open_console())
+    try:
+        return compare(plan, open_console())
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("interrupted; the same command goes on where it stood") from stop

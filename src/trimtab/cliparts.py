@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand
@@ -97,6 +99,42 @@ def to_nowhere() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within, a warning of trimtab's own is a line for a user, without the place in the program; others are as ever."""
+    before, package = warnings.showwarning, Path(__file__).parent
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, UserWarning) and Path(filename).is_relative_to(package):
+            print(f"trimtab: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+@contextlib.contextmanager
+def told_if_interrupted(folder: Path) -> Iterator[None]:
+    """Within, an interrupt says what is left of the run in a folder, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        from trimtab.train.folder import way_on
+
+        raise KeyboardInterrupt(f"interrupted; {way_on(folder)}") from stop
 
 
 #: Signals that came before the training took them over.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,11 @@ def test_resume_reads_the_runs_own_config(
         (CheckpointError("a line\nand another"), 2, "trimtab: a line and another\n"),
         (PermissionError(13, "Permission denied", "runs/a"), 2, "trimtab: runs/a: Permission denied\n"),
         (OSError(28, "No space left on device"), 2, "trimtab: No space left on device\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (
+            KeyboardInterrupt(),
+            130,
+            "trimtab: interrupted; no step was taken, so that the run can begin anew under its name\n",
+        ),
     ],
     ids=["trimtab", "permission", "full disk", "ctrl-c"],
 )
@@ -155,6 +160,41 @@ def test_what_a_user_can_mend_is_told_from_a_fault(
     monkeypatch.setattr("trimtab.train.run.pretrain", fail)
     ended = run(capsys, "pretrain", "run.yaml")
     assert (ended.status, ended.err) == (status, words)
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        (project / "runs" / "small" / "checkpoints" / "step-00000001").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trimtab.train.run.pretrain", stop)
+    ended = run(capsys, "pretrain", "run.yaml")
+    assert (ended.status, ended.err.count("\n")) == (130, 1)
+    assert ended.err.startswith(
+        "trimtab: interrupted; the run goes on from its newest checkpoint with --resume runs/small"
+    )
+
+
+def test_a_warning_is_a_line_without_its_place_in_the_program(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of trimtab's own; those of others are shown as Python shows them."""
+    import trimtab.nn.stacks
+
+    class Result:
+        exit_status = 0
+
+    def pretrain(*args: object, **kwargs: object) -> Result:
+        warnings.warn_explicit("two\nlines", UserWarning, trimtab.nn.stacks.__file__, 7)
+        warnings.warn_explicit("of another", UserWarning, "/elsewhere/torch.py", 7)
+        return Result()
+
+    monkeypatch.setattr("trimtab.train.run.pretrain", pretrain)
+    with pytest.warns(UserWarning, match="of another") as others:
+        ended = run(capsys, "pretrain", "run.yaml")
+    assert (ended.err, len(others)) == ("trimtab: warning: two lines\n", 1)
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

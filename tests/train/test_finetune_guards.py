@@ -263,7 +263,9 @@ def test_a_run_that_diverged_says_how_to_begin_anew(
     with pytest.raises(NonFiniteError, match=rf"step 4: .*; the run goes on .* with --resume {folder} and what you"):
         run(place, tmp_path, "bert", labelled(place), checkpoint__every=2)
     spoiled["at"] = 0
-    with pytest.raises(NonFiniteError, match=r"step 1: .*; the run can begin anew under its name$"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: .*; no step was taken, so that the run can begin anew under its name$"
+    ):
         run(place, tmp_path, "bert", labelled(place), name="other")
     spoiled["at"] = 100
     assert run(place, tmp_path, "bert", labelled(place), name="other").finished

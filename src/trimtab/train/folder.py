@@ -51,8 +51,13 @@ def way_on(folder: Path) -> str:
     """What to type after a run has broken off: to go on with it, or to begin it anew under its name."""
     if _resumable(folder):
         return f"the run goes on from its newest checkpoint with --resume {folder} and what you change"
-    if _never_began(folder):
-        return "the run can begin anew under its name"
+    return begin_anew(folder)
+
+
+def begin_anew(folder: Path) -> str:
+    """What to do for the run in a folder, if there is one, to begin again under its name."""
+    if not folder.is_dir() or _never_began(folder):
+        return "no step was taken, so that the run can begin anew under its name"
     return f"to begin anew under this name, remove what it left: rm -r {shlex.quote(str(folder))}"
 
 

@@ -28,7 +28,7 @@ from trimtab.report.start import write_start
 from trimtab.train import randomstate
 from trimtab.train.checkpoint import Checkpoint, Checkpointer, newest
 from trimtab.train.evaluate import EvalResult
-from trimtab.train.folder import refuse_used_folder, replace_text, sole_user, way_on
+from trimtab.train.folder import begin_anew, refuse_used_folder, replace_text, sole_user, way_on
 from trimtab.train.loop import Training, train
 from trimtab.train.memory import measured_peak, phase_row, phase_table, predict_phases, size_text
 from trimtab.train.metrics import MetricsFile, RunLog, tensorboard_writer, truncate
@@ -79,8 +79,8 @@ def find_checkpoint(folder: Path, console: Console) -> tuple[Checkpoint, frozens
     found = newest(folder / "checkpoints", pass_over)
     if found is None:
         raise CheckpointError(
-            f"{folder} holds no checkpoint to resume from; remove the folder and start the run anew, "
-            "with a smaller checkpoint.every"
+            f"--resume {folder}: there is no {'whole ' if damaged else ''}checkpoint in it; leave --resume out; "
+            f"{begin_anew(folder)}"
         )
     return found, frozenset(damaged)
 
