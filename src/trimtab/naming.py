@@ -10,22 +10,29 @@ from pydantic import BaseModel
 
 from trimtab.errors import ConfigError, TargetError
 
+#: Switches and nothing, as YAML writes them.
+_YAML = {"True": "true", "False": "false", "None": "null"}
+
 
 def leading_key(kind: type[BaseModel], text: str) -> tuple[str, str] | None:
     """The setting of `kind` that a message begins with, and the rest; None where it begins with no setting."""
     found = re.match(r"(\w+)(?:: | ?= ?)(?=\S)", text)
     if found is None or found[1] not in kind.model_fields:
         return None
-    return found[1], text[found.end() :]
+    rest = text[found.end() :]
+    return found[1], re.sub(r"^(True|False|None)\b", lambda value: _YAML[value[1]], rest)
 
 
 def in_section(section: str, kind: type[BaseModel], text: str) -> str:
     """A message in which each setting of `kind` that is given a value has its section before it.
 
     Only `rank = 8`, `rank=8` and a message's own beginning `rank: ...` are such places: other words may be plain words.
+    A switch has its value as YAML writes it: `section.dora = true`.
     """
     names = "|".join(map(re.escape, kind.model_fields))
     text = re.sub(rf"(?<![\w.'\"/])({names})(?= ?=)", rf"{section}.\1", text)
+    switch = rf"(?<!\w)({section}\.(?:{names}) ?= ?)(True|False|None)\b"
+    text = re.sub(switch, lambda found: f"{found[1]}{_YAML[found[2]]}", text)
     return re.sub(rf"^({names})(?=: )", rf"{section}.\1", text)
 
 

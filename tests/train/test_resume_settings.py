@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from trimtab.config import PretrainConfig
+from trimtab.configerrors import shown
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.train.checkpoint import Checkpoint
 from trimtab.train.folder import refuse_used_folder
@@ -60,7 +61,7 @@ def test_a_change_that_would_make_it_wrong_is_named(name: str, value: Any) -> No
     key = name.replace("__", ".")
     assert str(caught.value).startswith(key)
     if not isinstance(value, dict):
-        assert repr(value) in str(caught.value)
+        assert shown(value) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -103,6 +104,30 @@ def test_what_costs_exactness_is_said(name: str, value: Any) -> None:
     found, notes = continued(config(**{name: value}), standing())
     assert any(note.startswith(name.replace("__", ".")) and "bit for bit" in note for note in notes)
     assert found.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "note"),
+    [
+        ("absent", {}, "model.selective_recompute was false and is true: "),
+        ("absent", {"model__selective_recompute": True}, "model.selective_recompute was false and is true: "),
+        ("absent", {"model__selective_recompute": False}, ""),
+        ("absent", {"model__gradient_checkpointing": True}, "model.gradient_checkpointing was false and is true: "),
+        (None, {}, ""),
+        (None, {"model__selective_recompute": True}, ""),
+        (None, {"model__selective_recompute": False}, "model.selective_recompute was true and is false: "),
+    ],
+)
+def test_a_run_of_before_there_was_a_setting_goes_on_with_a_note(
+    before: bool | str | None, after: dict[str, Any], note: str
+) -> None:
+    """Nothing was recomputed then; `null` and what it comes to are the same."""
+    checkpoint = standing()
+    if before == "absent":
+        del checkpoint.config["model"]["selective_recompute"]
+    _, notes = continued(config(**after), checkpoint)
+    told = [one for one in notes if "bit for bit" in one]
+    assert [one.partition("the run")[0] for one in told] == ([note] if note else [])
 
 
 def test_a_reached_stop_does_not_stop_again() -> None:

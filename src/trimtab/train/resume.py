@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from trimtab.config import RunConfig
+from trimtab.configerrors import shown
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.train.checkpoint import Checkpoint
 
@@ -26,6 +27,9 @@ INEXACT = (
     "model.gradient_checkpointing", "model.selective_recompute",
 )  # fmt: skip
 
+#: Of those, settings that came later and by default do something else than was done before there was one.
+_BEFORE = {"model.selective_recompute": False}
+
 #: Of those, what may have another value, but not begin or cease to have one: where the same numbers lie.
 PLACES = ("train.cache_hidden",)
 
@@ -39,6 +43,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _in_effect(config: RunConfig) -> dict[str, Any]:
+    """The settings as dotted keys; of those of `_BEFORE`, what their value comes to, whether it was given or not."""
+    return flatten(config.model_dump(mode="json")) | {"model.selective_recompute": config.model.recomputes}
 
 
 def _under(key: str, names: tuple[str, ...]) -> bool:
@@ -64,22 +73,22 @@ def continued(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[str]
             f"{checkpoint.path} was written under settings that this version does not know "
             f"({'.'.join(map(str, error.errors()[0]['loc']))}); continue with the version that wrote it"
         ) from error
-    before, after = flatten(old.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    before, after = _in_effect(old), _in_effect(config)
+    before |= {key: value for key, value in _BEFORE.items() if key not in flatten(checkpoint.config)}
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     notes = []
     for key in changed:
+        was, now = shown(before.get(key)), shown(after.get(key))
         if _under(key, PLACES) and None not in (before.get(key), after.get(key)):
             continue
         if _under(key, INEXACT):
-            notes.append(
-                f"{key} was {before.get(key)!r} and is {after.get(key)!r}: the run continues, but not bit for bit"
-            )
+            notes.append(f"{key} was {was} and is {now}: the run continues, but not bit for bit")
         elif key in ("name", "out"):
             raise ConfigError(f"{key} = {after.get(key)}: a resumed run stays in its folder; leave it out")
         elif not _under(key, FREE):
             raise ConfigError(
-                f"{key}: the run was computed with {before.get(key)!r}, and going on with {after.get(key)!r} would "
-                f"make it wrong; leave it, or start a new run under another name"
+                f"{key}: the run was computed with {was}, and going on with {now} would make it wrong; leave it, or "
+                "start a new run under another name"
             )
     _restarts_agree(old, config, checkpoint.step)
     stop = config.stop_at
