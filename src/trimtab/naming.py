@@ -19,8 +19,7 @@ def leading_key(kind: type[BaseModel], text: str) -> tuple[str, str] | None:
     found = re.match(r"(\w+)(?:: | ?= ?)(?=\S)", text)
     if found is None or found[1] not in kind.model_fields:
         return None
-    rest = text[found.end() :]
-    return found[1], re.sub(r"^(True|False|None)\b", lambda value: _YAML[value[1]], rest)
+    return found[1], text[found.end() :]
 
 
 def in_section(section: str, kind: type[BaseModel], text: str) -> str:

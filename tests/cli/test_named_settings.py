@@ -45,7 +45,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "method.dora = true is for linear layers, and bert.embeddings.word_embeddings is an embedding",
             "",
         ),
-        (["method={name: relora, restart_every: 2, dora: true}"], "command line: method.dora: true", ""),
         (["method={name: lora, targets: [nix]}"], "method.targets: 'nix' matches no linear layer", ""),
         (["task.labels=[warm]"], "command line: task.labels: ['warm']: give the names of two classes", ""),
         (["task.delimiter=;;"], "command line: task.delimiter: ';;' is no delimiter: give one character", ""),
