@@ -88,8 +88,8 @@ ARGUMENTS
   CONFIG.yaml        the run's configuration; it may be left out if the words give all that is
                      needed, or with --resume
   section.key=value  changes one setting, after the file: train.steps=2000, out=/scratch/runs,
-                     'data.sources=[a.txt, b.txt]', 'method={name: full}'. A value is YAML;
-                     quote it for your shell if it has blanks or braces.
+                     'data.sources=[a.txt, b.txt]', 'method={name: full}'. A value is YAML, and
+                     a text as it stands; quote it for your shell if it has blanks or braces.
 
 \b
 EXAMPLES

@@ -22,8 +22,9 @@ ARGUMENTS
   CONFIG.yaml        the run's configuration; it may be left out if the words give all that is
                      needed, or with --resume
   section.key=value  changes one setting, after the file: train.epochs=5, model.name=roberta-base,
-                     'task={name: classification, train: a.csv, validation: b.csv}'. A value is
-                     YAML; quote it for your shell if it has blanks or braces.
+                     'task={name: classification, train: a.csv, validation: b.csv}',
+                     'task.prompt={text} Label:'. A value is YAML, and a text as it stands; quote it
+                     for your shell if it has blanks or braces.
 
 \b
 EXAMPLES

@@ -71,6 +71,13 @@ def field_section(annotation: Any, value: Any) -> type[BaseModel] | None:
     return kind
 
 
+def possible_sections(annotation: Any, value: Any) -> list[type[BaseModel]]:
+    """As `field_section`; of a method or a task whose name is not known yet, the classes of all of them."""
+    kind = field_section(annotation, value)
+    known = [every() for base, every in _NAMED.values() if section_model(annotation) is base]
+    return list(known[0].values()) if kind is None and known else [kind] if kind is not None else []
+
+
 def describe(error: ValidationError, tree: Tree, origins: Origins) -> str:
     """One line: the first mistake in full, the keys of the others by name."""
     found: dict[Key, tuple[int, str]] = {}

@@ -11,7 +11,8 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,6 +27,7 @@ from trimtab.configerrors import (
     dotted,
     field_section,
     one_line,
+    possible_sections,
     section_model,
     shown,
 )
@@ -38,10 +40,11 @@ _FLOAT = re.compile(
     r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|nan))$"
 )
 _INT = re.compile(r"[-+]?(0|[1-9][\d_]*)$")
+_NULL = r"~|null|Null|NULL|"
 _PLAIN_TAGS = (BaseResolver.DEFAULT_SEQUENCE_TAG, BaseResolver.DEFAULT_MAPPING_TAG)
 _RULES = (
     ("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
-    ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:null", re.compile(rf"({_NULL})$"), ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:int", _INT, "-+0123456789"),
     ("tag:yaml.org,2002:float", _FLOAT, "-+.0123456789"),
 )
@@ -85,7 +88,8 @@ def load_tree(
         kind: of configuration.
         path: a YAML file; None when everything stands in `overrides`.
         overrides: words `section.key=value`, applied in order over the file; a value is read as YAML, so
-            that `data.sources=[a.txt, b.txt]` is a list and `optim.warm_start_lr=null` takes a default.
+            that `data.sources=[a.txt, b.txt]` is a list and `optim.warm_start_lr=null` takes a default. Where a
+            setting can be nothing but a text or null, it is taken as it stands, but for quotes around all of it.
         start: what stands there before the overrides, in place of a file.
 
     Raises:
@@ -107,7 +111,7 @@ def _read(
     origins = Origins(path, kind)
     tree: Tree = copy.deepcopy(dict(start or {})) if path is None else _read_yaml(path, origins)
     for word in overrides:
-        _apply(tree, word, origins)
+        _apply(tree, word, origins, kind)
     _empty_sections(tree, kind)
     return tree, origins
 
@@ -242,13 +246,13 @@ def _build(loader: _Loader, node: yaml.Node, key: Key, where: str, origins: Orig
     return loader.construct_object(node, deep=True)
 
 
-def _apply(tree: Tree, word: str, origins: Origins) -> None:
+def _apply(tree: Tree, word: str, origins: Origins, kind: type[BaseModel]) -> None:
     """Set one `section.key=value` in the tree."""
     name, sign, text = word.partition("=")
     names = name.split(".")
     if not sign or not all(names):
         raise ConfigError(f"command line: {word!r} is not of the form section.key=value")
-    value = _parse(text, f"command line: {word}", None)
+    value = _as_typed(text) if _takes_text(kind, names, tree) else _parse(text, f"command line: {word}", None)
     section = tree
     for depth, part in enumerate(names[:-1], start=1):
         below = section.setdefault(part, {})
@@ -261,6 +265,40 @@ def _apply(tree: Tree, word: str, origins: Origins) -> None:
         section = below
     section[names[-1]] = value
     origins.note_override(tuple(names))
+
+
+def _as_typed(text: str) -> str | None:
+    """The value of a setting that is a text: as it stands, but for quotes around all of it, and null."""
+    if re.fullmatch(_NULL, text):
+        return None
+    inside = text.strip()
+    if inside[:1] in ("'", '"'):
+        try:
+            node = yaml.compose(inside, _Loader)  # type: ignore[no-untyped-call, unused-ignore]
+        except yaml.YAMLError:
+            return text
+        if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(inside):
+            return str(node.value)
+    return text
+
+
+def _takes_text(kind: type[BaseModel], names: Sequence[str], tree: Tree) -> bool:
+    """Whether a setting can hold a text (or a path) and nothing else but null."""
+    kinds, section = [kind], tree
+    for name in names[:-1]:
+        section = section.get(name) if isinstance(section, dict) else None
+        fields = [one.model_fields[name] for one in kinds if name in one.model_fields]
+        kinds = [below for field in fields for below in possible_sections(field.annotation, section)]
+    found = [one.model_fields[names[-1]].annotation for one in kinds if names[-1] in one.model_fields]
+    return bool(found) and all(_is_text(annotation) for annotation in found)
+
+
+def _is_text(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        return _is_text(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return all(part is NoneType or _is_text(part) for part in get_args(annotation))
+    return annotation in (str, Path)
 
 
 def _empty_sections(tree: Tree, model: type[BaseModel]) -> None:

@@ -9,7 +9,8 @@ from runs import CONFIG, write_project
 
 from trimtab.config import PretrainConfig
 from trimtab.errors import ConfigError
-from trimtab.loadconfig import dump_config, load_config, unused_settings
+from trimtab.finetuneconfig import FinetuneConfig
+from trimtab.loadconfig import dump_config, load_config, load_tree, unused_settings
 from trimtab.methods import ReLoRA
 from trimtab.settings import HubSource
 
@@ -49,6 +50,40 @@ def test_yaml_is_read_as_a_person_means_it(path: Path) -> None:
     assert load_config(path, ["data.max_tokens=1_000_000"]).data.max_tokens == 1_000_000
 
 
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        ("{text}: {text} # {text}", "{text}: {text} # {text}"),
+        ("{text} Answer: ", "{text} Answer: "),
+        ("{text}\nLabel:", "{text}\nLabel:"),
+        ("[{text}", "[{text}"),
+        ("{text} it's", "{text} it's"),
+        ("'tis {text}:", "'tis {text}:"),
+        ("'it''s {text}' #1", "'it''s {text}' #1"),
+        ("'it''s {text}'", "it's {text}"),
+        (' "{text}\\nLabel:" ', "{text}\nLabel:"),
+        ("'{text}' or \"{text}\"", "'{text}' or \"{text}\""),
+        ("null", None),
+        ("", None),
+        ("~", None),
+    ],
+)
+def test_a_text_is_taken_as_it_stands(typed: str, text: str | None) -> None:
+    """Whatever YAML would make of it; quotes around all of it are YAML's. The task may be named later."""
+    task = "task={name: classification, train: a.csv}"
+    words = ["model.name=m", "method={name: lora}", f"task.prompt={typed}"]
+    for order in ([*words[:2], task, words[2]], [*words, "task.name=classification", "task.train=a.csv"]):
+        assert load_tree(FinetuneConfig, None, order).task.prompt == text  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("word", ["7", "true", "2024-01-01", "1e-3", "'null'", "'7'"])
+def test_what_looks_like_something_else_is_a_text(path: Path, word: str) -> None:
+    """So are paths; what can be a list, too, is read as YAML."""
+    config = load_config(path, [f"data.text_field={word}", f"out={word}", "method={name: lora}", "method.targets=[a]"])
+    assert (config.data.text_field, config.out) == (word.strip("'"), Path(word.strip("'")))
+    assert config.method.targets == ("a",)  # type: ignore[attr-defined]
+
+
 def test_a_section_without_keys_is_a_section_of_defaults(path: Path) -> None:
     """`optim:` with all its keys commented out is read as null, and means the defaults."""
     path.write_text(CONFIG + "optim:\n  # lr: 1\n")
@@ -80,7 +115,7 @@ MISTAKES = {
     "a switch for a number": ("train.steps=true", "train.steps: true is not a number"),
     "neither true nor false": ("loss.chunked=perhaps", "loss.chunked: 'perhaps' is neither true nor false"),
     "not a choice": ("dtype=fp16", "dtype: 'fp16' is not one of fp32, bf16"),
-    "number for a word": ("name=7", "name: 7 is not text; write it in quotes: '7'"),
+    "nothing for a word": ("name=null", "name: null is not text"),
     "taken name": ("name=tokens", "name: 'tokens' is the folder of the token stores"),
     "seed beyond 63 bits": ("seed=99999999999999999999", "seed: 99999999999999999999 is too large"),
     "bad name": ("name=a/b", "name: 'a/b' may hold letters"),
@@ -139,6 +174,7 @@ FILES = {
         "run.yaml:15: train.stepz: unknown key; did you mean train.steps?",
     ),
     "value": (CONFIG.replace("rank: 4", "rank: -4"), "run.yaml:12: method.rank: -4 is too small"),
+    "number for a word": (CONFIG.replace("small", "7"), "run.yaml:1: name: 7 is not text; write it in quotes: '7'"),
     "several": (CONFIG.replace("rank", "rnk").replace("steps: 40", "stps: 40"), "(also wrong: train.stps)"),
     "missing": (CONFIG.replace("  steps: 40\n", ""), "train.steps: is missing; it has no default"),
     "twice": (CONFIG + "train: {}\n", "run.yaml:17: train: is given twice"),
