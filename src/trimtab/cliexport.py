@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from trimtab.clierrors import one_line_errors
 from trimtab.errors import ConfigError
+from trimtab.report.words import many
 
 if TYPE_CHECKING:
     from trimtab.export.delta import DeltaReport
@@ -155,7 +156,9 @@ def merge(
     with _bar("merging") as progress:
         done = merge_checkpoint(base, adapter, out, dtype=_torch_dtype(dtype), untie=untie, progress=progress)
     untied = f"; untied {' and '.join(done.untied)}" if done.untied else ""
-    typer.echo(f"{out}: {done.tensors:,} tensors in {_files(done.files)}, {len(done.changed):,} changed{untied}")
+    typer.echo(
+        f"{out}: {many(done.tensors, 'tensor')} in {many(done.files, 'file')}, {len(done.changed):,} changed{untied}"
+    )
     if not done.changed:
         typer.echo("note: the adapter changes nothing; was it trained?")
     return 0
@@ -219,7 +222,7 @@ def _gguf(folder: Path, source: str, out: Path, base: str | None, dtype: Dtype |
 
     if (folder / CONFIG_FILE).is_file():
         layers = export_lora(folder, out, base, _torch_dtype(dtype or Dtype.FP32))
-        typer.echo(f"{out}: a LoRA of {layers:,} layers; llama-cli -m BASE.gguf --lora {out}")
+        typer.echo(f"{out}: a LoRA of {many(layers, 'layer')}; llama-cli -m BASE.gguf --lora {out}")
         return 0
     if base is not None:
         raise ConfigError(f"--base goes with an adapter folder, and {source} holds no {CONFIG_FILE}")
@@ -229,7 +232,7 @@ def _gguf(folder: Path, source: str, out: Path, base: str | None, dtype: Dtype |
         refuse_unmerged(folder, "a file for llama.cpp would leave it out")
         source = str(folder / "model")
     tensors = export_model(source, out, _torch_dtype(dtype))
-    typer.echo(f"{out}: a model of {tensors:,} tensors")
+    typer.echo(f"{out}: a model of {many(tensors, 'tensor')}")
     return 0
 
 
@@ -292,7 +295,3 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _files(number: int) -> str:
-    return "1 file" if number == 1 else f"{number} files"

@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 from trimtab.clierrors import one_line_errors
 from trimtab.cliparts import interrupted
 from trimtab.errors import ConfigError, TrimtabError
+from trimtab.report.words import many
 
 if TYPE_CHECKING:
     from trimtab.generate import Asked, Generator, Prompt, Sampling
@@ -334,4 +335,4 @@ def _write_all(generator: Generator, sampling: Sampling, prompts: list[Prompt], 
             line = asked | {"answer": answer.text, "stop": answer.stop, "tokens": answer.tokens}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-    typer.echo(f"{out}: {len(prompts):,} answers")
+    typer.echo(f"{out}: {many(len(prompts), 'answer')}")

@@ -284,7 +284,8 @@ def _as_typed(text: str) -> str | None:
 
 def _takes_text(kind: type[BaseModel], names: Sequence[str], tree: Tree) -> bool:
     """Whether a setting can hold a text (or a path) and nothing else but null."""
-    kinds, section = [kind], tree
+    kinds: list[type[BaseModel]] = [kind]
+    section: Any = tree
     for name in names[:-1]:
         section = section.get(name) if isinstance(section, dict) else None
         fields = [one.model_fields[name] for one in kinds if name in one.model_fields]

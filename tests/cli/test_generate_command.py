@@ -57,6 +57,14 @@ def test_a_file_is_answered_into_a_file(
     words = ("--adapter", folders["adapter"], "--file", str(asked), "--out", str(out), "--system", "Be short.")
     ended = run(capsys, "generate", folders["chat"], *words, *SHORT)
     assert ended.status == 0 and f"{out}: 2 answers" in ended.out
+    one = tmp_path / "one.jsonl"
+    assert (
+        f"{one}: 1 answer\n" in run(capsys, "generate", folders["chat"], "--prompt", "a", "--out", str(one), *SHORT).out
+    )
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"prompt": ""}) + "\n")
+    told = run(capsys, "generate", folders["chat"], "--file", str(empty)).err
+    assert "column 'prompt' is empty" in told and "task." not in told  # there is no such setting here
     generator = open_generator(folders["chat"], {"x": folders["adapter"]}, device="cpu")
     chats = [[Message("system", "Be short."), Message("user", "naïve")], [Message(**turn) for turn in turns]]
     answers = [generator.answer(chat, Sampling(max_new_tokens=4)).text for chat in chats]

@@ -115,7 +115,7 @@ def test_settings_are_chosen_on_validation_and_test_is_reported(
     assert (written(plan)["chosen_on"], written(plan)["reported_on"]) == ("validation", "test")
     assert "0.6333 ± 0.1528" in text
     assert "Chosen by validation accuracy: the settings of each method (by seed 0)" in text
-    assert "By test: nothing." in text
+    assert "The figures of test have chosen nothing." in text
 
 
 def test_without_a_test_split_the_table_says_what_it_shows(project: Path, tmp_path: Path, child: InProcess) -> None:

@@ -51,6 +51,18 @@ def test_no_match_lists_the_closest_names(targets: str | list[str]) -> None:
         find_targets(tiny_llama(), targets)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "near"),
+    [
+        ("embed_token", r"embed_tokens, "),
+        ("head_embed", r"lm_head(?!.*embed)"),
+    ],
+)
+def test_embeddings_are_offered_where_they_are_meant(wanted: str, near: str) -> None:
+    with pytest.raises(TargetError, match=rf"the closest names are {near}"):
+        find_targets(tiny_llama(), [wanted], embeddings=True)
+
+
 def test_other_mistakes_are_named() -> None:
     """Not linear, not a pattern, an empty list, everything excluded, nothing there, a tied head."""
     model = tiny_llama()

@@ -236,9 +236,9 @@ LABELLED = {"name": "classification", "train": "labelled.jsonl"}
 CHATS = {"name": "chat", "train": "chats.jsonl"}
 TEXTS = {"name": "language", "train": "texts.jsonl"}
 WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-    ("bert", CHATS, {}, r"model\.name: .*encoder, which writes nothing"),
-    ("t5", TEXTS, {}, r"model\.name: .*is for causal models"),
-    ("llama", CHATS, {"model__head": "classes"}, r"model\.head = classes: the task has no"),
+    ("bert", CHATS, {}, r"model\.name: .*encoder, which writes nothing, and a task of chats .*; take a causal model$"),
+    ("t5", TEXTS, {}, r"model\.name: .*a task of plain texts is for causal models"),
+    ("llama", CHATS, {"model__head": "classes"}, r"model\.head = classes: the task has no labels, being one of chats"),
     ("bert", LABELLED, {"model__head": "words"}, r"model\.head = words"),
     ("bert", LABELLED, {"data__seq_len": 4096}, r"data\.seq_len: 4096 is longer than the 128 positions"),
     ("bert", LABELLED, {"model__name": "llama-9m"}, r"model\.name: llama-9m is a preset, .* for `trimtab pretrain`"),

@@ -71,7 +71,7 @@ def summary(found: Comparison) -> list[str]:
 def _subtitle(found: Comparison) -> str:
     config = found.rows[0].entry.grid[0][0].config
     machine = found.sample.folder.machine if found.sample else {}
-    parts = [f"{config.task.name} with {config.model.name} in {config.dtype}", f"{len(found.rows)} methods"]
+    parts = [f"{config.task.name} with {config.model.name} in {config.dtype}", words.many(len(found.rows), "method")]
     parts += [words.many(len(found.plan.seeds), "seed")]
     if device := machine.get("device"):
         parts.append(f"device {device}")

@@ -228,16 +228,16 @@ class Comparison:
         if any(row.entry.grid[0][0].config.eval.keep_best for row in self.rows):
             what.append("the step that each run keeps")
         if self.sample is not None:
-            chosen = f"Chosen by {self.score_name}: {' and '.join(what) if what else 'nothing'}"
-            if self.held_out is not None:
-                found.append(f"{chosen}. By {self.held_out}: nothing.")
-            elif what:
+            chosen = f"Chosen by {self.score_name}: {' and '.join(what)}"
+            if not what:
+                found.append("No score has chosen anything: neither settings nor a step.")
+            elif self.held_out is not None:
+                found.append(f"{chosen}. The figures of {self.held_out} have chosen nothing.")
+            else:
                 found.append(
                     f"{chosen}. There is no test split: the figures are of the examples that they were chosen by, and "
                     "somewhat too good."
                 )
-            else:
-                found.append(f"{chosen}.")
         if len(self.plan.seeds) > 1:
             seeds = ", ".join(map(str, self.plan.seeds))
             found.append(f"Mean ± sample standard deviation (n - 1) over the seeds {seeds}.")

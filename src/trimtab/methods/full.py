@@ -35,7 +35,10 @@ class FullAdapter(FrozenBaseAdapter):
     def __init__(self, model: nn.Module, config: Full, residence: Residence) -> None:
         super().__init__(model, config, residence)
         if quantized := residence.quantized():
-            raise ConfigError(f"full: {quantized[0]} is held in 4 bits and cannot train; load the model unquantised")
+            raise ConfigError(
+                f"name = full: {quantized[0]} is held in 4 bits and cannot train; load the model unquantised, or take "
+                "a method that leaves it frozen, such as lora"
+            )
         try:
             self._matrices = find_targets(model, ALL_LINEAR)
         except TargetError:  # a model without linear layers trains all the same; it has no spectrum to show

@@ -34,6 +34,15 @@ from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Form
 from trimtab.tasks.encode import Reading
 
+#: The forms of examples in words.
+_WHAT: dict[Form, str] = {
+    "class": "classes",
+    "number": "numbers",
+    "text": "texts to be written",
+    "chat": "chats",
+    "plain": "plain texts",
+}
+
 Family = Literal["encoder", "causal", "pair"]
 
 
@@ -69,17 +78,21 @@ def reading_of(config: TaskModelConfig, hf: Any, form: Form) -> Reading:
     if labelled and (config.head == "classes" or (config.head == "auto" and family == "encoder")):
         return "head"
     if family == "encoder":
-        why = "with model.head = words it would have to write" if labelled else f"a task of form {form} is written"
+        needs, others = f"a task of {_WHAT[form]} needs one that does", "a causal or an encoder-decoder model"
+        if labelled:
+            needs = "with model.head = words it would have to write"
+        elif form != "text":
+            others = "a causal model"
         raise ConfigError(
-            f"model.name: {config.name} is a {hf.model_type}, an encoder, which writes nothing, and {why}; "
-            "take a causal or an encoder-decoder model"
+            f"model.name: {config.name} is a {hf.model_type}, an encoder, which writes nothing, and {needs}; "
+            f"take {others}"
         )
     if config.head == "classes":
-        raise ConfigError(f"model.head = classes: the task has no labels (its form is {form}); set it to auto")
+        raise ConfigError(f"model.head = classes: the task has no labels, being one of {_WHAT[form]}; set it to auto")
     if family == "pair" and form in ("chat", "plain"):
         raise ConfigError(
-            f"model.name: {config.name} is a {hf.model_type}, an encoder-decoder model, and a task of form {form} is "
-            "for causal models"
+            f"model.name: {config.name} is a {hf.model_type}, an encoder-decoder model, and a task of "
+            f"{_WHAT[form]} is for causal models"
         )
     if family == "pair" and hf.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(f"model.name: {config.name} is a {hf.model_type}, which does not read text")

@@ -224,9 +224,12 @@ def name_ends(name: str, ending: str) -> bool:
 
 
 def closest(wanted: str, linears: dict[str, nn.Module]) -> str:
-    """The near misses of a name ending, as the end of an error message."""
-    endings = sorted({name.rpartition(".")[2] for name in linears})
-    near = difflib.get_close_matches(wanted.rpartition(".")[2], endings, n=4, cutoff=0.3)
+    """The near misses of a name ending, as the end of an error message; embeddings among them if they are very near."""
+    wanted = wanted.rpartition(".")[2]
+    endings = sorted({name.rpartition(".")[2] for name, module in linears.items() if is_linear(module)})
+    others = sorted({name.rpartition(".")[2] for name, module in linears.items() if not is_linear(module)})
+    near = difflib.get_close_matches(wanted, others, n=4, cutoff=0.7)
+    near += difflib.get_close_matches(wanted, endings, n=4 - len(near), cutoff=0.3) if len(near) < 4 else []
     return f"the closest names are {', '.join(near or endings[:8])}"
 
 

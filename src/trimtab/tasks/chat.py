@@ -21,7 +21,7 @@ from pydantic import Field
 from trimtab.errors import DataError
 from trimtab.tasks.base import Chat, Example, Form, Message, Prediction
 from trimtab.tasks.files import FileTask, Item, same
-from trimtab.tasks.rows import Row, Sources, no_column, read_rows, text_of, told
+from trimtab.tasks.rows import Row, Sources, no_column, read_rows, skippable, text_of, told
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = _ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -66,7 +66,7 @@ class ChatTask(FileTask):
                 items.append(self._item(row, setting))
             except DataError as error:
                 if not self.skip_bad_rows:
-                    raise
+                    raise skippable(error) from error
                 first_bad = first_bad or error
                 skipped += 1
         if not items:

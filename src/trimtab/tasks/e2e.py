@@ -20,7 +20,7 @@ from trimtab.tasks.base import Example, Form, Loaded, Prediction, Task, Written
 from trimtab.tasks.meteor import NO_METEOR
 from trimtab.tasks.nlg import score_generated
 from trimtab.tasks.pairs import find_jar, need
-from trimtab.tasks.rows import Row, Rows, read_rows, text_of
+from trimtab.tasks.rows import Row, Rows, read_rows, skippable, text_of
 
 SourceForm = Literal["lora", "official"]
 
@@ -168,9 +168,9 @@ class E2E(Task):
                 source, reference = (_mend(text_of(row, column, setting)) for column in columns)
                 if official and self.source_form == "lora":
                     source = _as_lora(source, f"{setting}: {row.where}")
-            except DataError:
+            except DataError as error:
                 if not bad:
-                    raise
+                    raise skippable(error) from error
                 skipped += 1
             else:
                 pairs.append(_Pair(source, reference))
@@ -207,9 +207,11 @@ def _lines(path: Path, skip_bad: bool) -> Rows:
             rows.append(Row(f"{path}:{number + 1}", dict(zip(("mr", "ref"), parts, strict=True))))
         elif line.strip():
             if not skip_bad:
-                raise DataError(
-                    f"task.folder: {path}:{number + 1}: this line is not `attributes||reference`: it has "
-                    f"{len(parts) - 1} times `||`, not once"
+                raise skippable(
+                    DataError(
+                        f"task.folder: {path}:{number + 1}: this line is not `attributes||reference`: it has "
+                        f"{len(parts) - 1} times `||`, not once"
+                    )
                 )
             skipped += 1
     return Rows(rows, skipped)

@@ -14,7 +14,7 @@ from trimtab.errors import ConfigError, DataError
 from trimtab.report.words import many
 from trimtab.tasks import metrics
 from trimtab.tasks.base import Example, Labelled, Loaded, Task, Written
-from trimtab.tasks.rows import Layout, Row, Sources, read_rows, text_of, told
+from trimtab.tasks.rows import Layout, Row, Sources, read_rows, skippable, text_of, told
 from trimtab.tasks.words import check_template
 
 _SHARE = 0.1
@@ -148,9 +148,9 @@ class FileTask(Task):
         for row in rows:
             try:
                 items.append(self._item(row, setting))
-            except DataError:
+            except DataError as error:
                 if not self.skip_bad_rows:
-                    raise
+                    raise skippable(error) from error
                 skipped += 1
         if not items:
             passed = f" ({many(skipped, 'bad one was', 'bad ones were')} passed over)" if skipped else ""

@@ -15,7 +15,7 @@ from trimtab.tasks import metrics
 from trimtab.tasks.base import Convention, Example, Form, Headline, Labelled, Loaded, Prediction, Task, Written
 from trimtab.tasks.files import two_texts
 from trimtab.tasks.gluelayout import SUBSETS, Subset
-from trimtab.tasks.rows import Layout, Row, Sources, read_rows, text_of
+from trimtab.tasks.rows import Layout, Row, Sources, read_rows, skippable, text_of
 from trimtab.tasks.words import class_of, number_of
 
 #: Names of several figures in a table.
@@ -132,9 +132,9 @@ class GLUE(Task):
         for row in rows:
             try:
                 example = self._example(row, columns, setting)
-            except DataError:
+            except DataError as error:
                 if not skip_bad:
-                    raise
+                    raise skippable(error) from error
                 skipped += 1
             else:
                 if example.label is not None:

@@ -14,7 +14,7 @@ from trimtab.errors import DataError
 from trimtab.settings import HubSource
 from trimtab.tasks.rowformats import KINDS, Bad, Layout, Row, hub_rows, kind_of, no_column, open_rows
 
-__all__ = ["Layout", "Row", "Rows", "Source", "Sources", "no_column", "read_rows", "text_of", "told"]
+__all__ = ["Layout", "Row", "Rows", "Source", "Sources", "no_column", "read_rows", "skippable", "text_of", "told"]
 
 #: One source: a file, a folder, `package:NAME/PATH`, or a dataset of the hub.
 Source = str | HubSource
@@ -33,7 +33,7 @@ def read_rows(
     source: Source | Sequence[Source],
     setting: str,
     *,
-    skip_bad: bool = False,
+    skip_bad: bool | None = None,
     columns: Sequence[str] | None = None,
     layout: Layout | None = None,
 ) -> Rows:
@@ -44,7 +44,7 @@ def read_rows(
             datasets of the hub.
         setting: where the source was given, for errors: "task.train".
         skip_bad: pass over rows that are not UTF-8, not JSON, no object, lack a column or have too many or too few
-            fields, and count them.
+            fields, and count them. None: refuse them, where there is no such setting to speak of.
         columns: what each row must have; `values` then holds these alone. None: whatever there is.
         layout: of .csv, .tsv and .txt files.
 
@@ -61,7 +61,7 @@ def read_rows(
                 sink.read(hub_rows(one, sink.columns))
             else:
                 for path, kind in _files(one, setting, layout or Layout()):
-                    sink.read(open_rows(path, kind, sink.columns, layout or Layout(), skip_bad))
+                    sink.read(open_rows(path, kind, sink.columns, layout or Layout(), bool(skip_bad)))
     except DataError as error:
         text = str(error)
         raise DataError(text if text.startswith(f"{setting}:") else f"{setting}: {text}") from error
@@ -85,9 +85,7 @@ def text_of(row: Row, column: str, setting: str, *, empty: bool = False) -> str:
         what = "nothing (null)" if value is None else f"{type(value).__name__}, not text"
         raise DataError(f"{setting}: {row.where}: column {column!r} holds {what}")
     if not empty and not value.strip():
-        raise DataError(
-            f"{setting}: {row.where}: column {column!r} is empty (task.skip_bad_rows=true passes over such rows)"
-        )
+        raise DataError(f"{setting}: {row.where}: column {column!r} is empty")
     if not value.isascii():
         try:
             value.encode()
@@ -99,10 +97,15 @@ def text_of(row: Row, column: str, setting: str, *, empty: bool = False) -> str:
     return value
 
 
+def skippable(error: DataError) -> DataError:
+    """The error of a bad row, with the setting that would pass over it."""
+    return DataError(f"{error} (task.skip_bad_rows=true passes over such rows)")
+
+
 class _Sink:
     """Gathers the rows of one file after the other, and judges them."""
 
-    def __init__(self, rows: list[Row], columns: list[str] | None, skip_bad: bool) -> None:
+    def __init__(self, rows: list[Row], columns: list[str] | None, skip_bad: bool | None) -> None:
         self.rows, self.columns, self.skip_bad = rows, columns, skip_bad
         self.skipped = 0
 
@@ -120,7 +123,7 @@ class _Sink:
                     row = Row(where, {name: values[name] for name in columns})
                 except KeyError as error:
                     missing = no_column(where, error.args[0], values)
-                    self._bad(missing)
+                    self._bad(missing, helps=len(rows) > before)
                     lacking.setdefault(error.args[0], missing)
                     seen.update(values)
                     continue
@@ -130,9 +133,10 @@ class _Sink:
                 if name not in seen:
                     raise missing
 
-    def _bad(self, error: DataError) -> None:
+    def _bad(self, error: DataError, *, helps: bool = True) -> None:
+        """Count a bad row, or raise; `helps`: whether the file is known to hold others."""
         if not self.skip_bad:
-            raise error
+            raise skippable(error) if helps and self.skip_bad is not None else error
         self.skipped += 1
 
 

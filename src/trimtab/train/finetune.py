@@ -18,6 +18,7 @@ from trimtab.errors import CannotSave, CheckpointError, DataError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.methods.base import Adapter
 from trimtab.report.page import write_report
+from trimtab.report.words import many
 from trimtab.train.best import Best
 from trimtab.train.cached import open_cache
 from trimtab.train.cachedexamples import CachedExamples
@@ -99,8 +100,9 @@ class _Run(Session[FinetuneConfig]):
         self.open_folder(checkpoint, adapter)
         say(
             self.console,
-            f"{len(batches.data):,} training examples, {batches.per_epoch:,} steps an epoch, {config.total_steps:,} "
-            f"steps in all; {100 * batches.padding(micro):.1f} % of the positions are padding",
+            f"{many(len(batches.data), 'training example')}, {many(batches.per_epoch, 'step')} an epoch, "
+            f"{many(config.total_steps, 'step')} in all; {100 * batches.padding(micro):.1f} % of the positions are "
+            "padding",
         )
         best = Best(config.eval.patience)
         best.read_log(self.folder / "metrics.jsonl")
