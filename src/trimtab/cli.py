@@ -189,8 +189,6 @@ def pretrain(
     ] = None,
 ) -> int:
     """Train; the help text above is what a user reads."""
-    from trimtab.loadconfig import unused_settings
-
     path, overrides = split_words(words or [])
     if resume is not None and path is None:
         path = config_of(resume, "pretrain")
@@ -202,6 +200,7 @@ def pretrain(
         show(config, console)
         return 0
     with told_if_interrupted(resume or config.out / config.name):
+        from trimtab.loadconfig import unused_settings
         from trimtab.train.run import pretrain as train
 
         if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
@@ -240,11 +239,12 @@ app.command(cls=ExportCommand, help=EXPORT, short_help="Write an update as a LoR
 
 
 def _load(path: Path | None, overrides: list[str]) -> PretrainConfig:
-    from trimtab.loadconfig import load_config
-
     if path is None and not overrides:
         raise ConfigError("command line: no config file is given; name one, such as examples/demo.yaml")
-    return load_config(path, overrides)
+    with told_if_interrupted(None):
+        from trimtab.loadconfig import load_config
+
+        return load_config(path, overrides)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

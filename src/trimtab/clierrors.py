@@ -32,7 +32,7 @@ def one_line_errors(function: Callable[P, int]) -> Callable[P, None]:
         try:
             status = function(*args, **kwargs)
         except KeyboardInterrupt as stop:
-            print(f"trimtab: {stop or 'interrupted'}", file=sys.stderr)
+            print(f"trimtab: {str(stop) or 'interrupted'}", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
         except TrimtabError as error:
             raise Fault(str(error)) from error

@@ -105,9 +105,6 @@ def finetune(
     ] = False,
 ) -> int:
     """Train; the help text above is what a user reads."""
-    from trimtab.finetuneconfig import FinetuneConfig
-    from trimtab.loadconfig import load_tree
-
     path, overrides = split_words(words or [])
     if methods or sweep or seeds is not None:
         if resume is not None:
@@ -121,7 +118,11 @@ def finetune(
         path = config_of(resume, "finetune")
     if path is None and not overrides:
         raise ConfigError("command line: no config file is given; name one, such as examples/finetune-reviews.yaml")
-    config = load_tree(FinetuneConfig, path, overrides)
+    with told_if_interrupted(None):
+        from trimtab.finetuneconfig import FinetuneConfig
+        from trimtab.loadconfig import load_tree
+
+        config = load_tree(FinetuneConfig, path, overrides)
     with told_if_interrupted(resume or config.out / config.name):
         from trimtab.train.finetune import finetune as train
 

@@ -127,11 +127,18 @@ def plain_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_if_interrupted(folder: Path) -> Iterator[None]:
-    """Within, an interrupt says what is left of the run in a folder, and how to go on."""
+def told_if_interrupted(folder: Path | None) -> Iterator[None]:
+    """Within, an interrupt says what is left of the run in a folder, and how to go on; None: there is none yet.
+
+    One that got lost in a callback of an import may leave that import torn; what fails then is the interrupt, too.
+    """
     try:
         yield
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Exception) as stop:
+        if not (interrupted or isinstance(stop, KeyboardInterrupt)):
+            raise
+        if folder is None:
+            raise KeyboardInterrupt("interrupted; nothing was done") from stop
         from trimtab.train.folder import way_on
 
         raise KeyboardInterrupt(f"interrupted; {way_on(folder)}") from stop

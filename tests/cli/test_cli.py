@@ -12,6 +12,7 @@ from test_loadconfig import FILES, MISTAKES
 
 import trimtab
 from trimtab import TrimtabError
+from trimtab.cliparts import interrupted
 from trimtab.errors import CheckpointError
 
 
@@ -175,6 +176,24 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert ended.err.startswith(
         "trimtab: interrupted; the run goes on from its newest checkpoint with --resume runs/small"
     )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ImportError("torn")], ids=["ctrl-c", "lost"])
+def test_an_interrupt_is_told_however_it_ends(
+    error: BaseException, project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the configuration is known there is no folder to speak of; some imports swallow it, and fail."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        interrupted.append(signal.SIGINT)
+        raise error
+
+    lost = isinstance(error, ImportError)
+    monkeypatch.setattr("trimtab.train.run.pretrain" if lost else "trimtab.loadconfig.load_config", fail)
+    ended = run(capsys, "pretrain", "run.yaml")
+    interrupted.clear()
+    more = "no step was taken, so that the run can begin anew under its name" if lost else "nothing was done"
+    assert (ended.status, ended.err) == (130, f"trimtab: interrupted; {more}\n")
 
 
 def test_a_warning_is_a_line_without_its_place_in_the_program(
