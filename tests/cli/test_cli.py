@@ -12,7 +12,6 @@ from test_loadconfig import FILES, MISTAKES
 
 import trimtab
 from trimtab import TrimtabError
-from trimtab.cliparts import interrupted
 from trimtab.errors import CheckpointError
 
 
@@ -183,15 +182,16 @@ def test_an_interrupt_is_told_however_it_ends(
     error: BaseException, project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the configuration is known there is no folder to speak of; some imports swallow it, and fail."""
+    signals: list[int] = []
+    monkeypatch.setattr("trimtab.cliparts.interrupted", signals)
 
     def fail(*args: object, **kwargs: object) -> None:
-        interrupted.append(signal.SIGINT)
+        signals.append(signal.SIGINT)
         raise error
 
     lost = isinstance(error, ImportError)
     monkeypatch.setattr("trimtab.train.run.pretrain" if lost else "trimtab.loadconfig.load_config", fail)
     ended = run(capsys, "pretrain", "run.yaml")
-    interrupted.clear()
     more = "no step was taken, so that the run can begin anew under its name" if lost else "nothing was done"
     assert (ended.status, ended.err) == (130, f"trimtab: interrupted; {more}\n")
 
