@@ -6,6 +6,7 @@ again from its files and that checkpoint, since a method may not be able to go b
 
 from __future__ import annotations
 
+import gc
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -92,8 +93,8 @@ class _Run(Session[FinetuneConfig]):
         objective.check(sample)
         if checkpoint is None:
             stack.enter_context(sole_user(self.folder))
-        cached = None
-        if (cache := open_cache(config.train, adapter, checkpoint, stack)) is not None:
+        cached, caches = None, stack.enter_context(ExitStack())
+        if (cache := open_cache(config.train, adapter, checkpoint, caches)) is not None:
             cached = CachedExamples(cache, objective, batches, config, self.device)
             cached.prepare(start, self.console)
         self.open_folder(checkpoint, adapter)
@@ -105,7 +106,7 @@ class _Run(Session[FinetuneConfig]):
         best = Best(config.eval.patience)
         best.read_log(self.folder / "metrics.jsonl")
         extra = {"cache_hidden": cached.place if cached else None, "data": material.digest}
-        saver = self.saver(model, adapter, optimizer, extra, checkpoint)
+        saver = self.saver(model, adapter, optimizer, extra, checkpoint, rebuilds=True)
         saver.pinned = best.step
         log = self.open_log(checkpoint, stack)
 
@@ -148,8 +149,12 @@ class _Run(Session[FinetuneConfig]):
         if config.eval.keep_best and best.step is not None and best.step != step:
             kept = best.step
             say(self.console, f"the best step was {kept} of {step}; going back to it")
-            del optimizer, objective
-            model, adapter = self._go_back(saver.path(kept))
+            path = saver.path(kept)
+            caches.close()
+            # There may be no room for two models: nothing may hold this one when that one comes.
+            del model, adapter, optimizer, objective, cached, cache, saver
+            gc.collect()
+            model, adapter = self._go_back(path)
         return self._finish(model, adapter, log, step, kept)
 
     # -- stages --------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from trimtab.report.page import write_report
 from trimtab.report.spectrum import update_spectrum
 from trimtab.report.start import write_start
 from trimtab.train import randomstate
+from trimtab.train.asbuilt import AsBuilt
 from trimtab.train.checkpoint import Checkpoint, Checkpointer, newest
 from trimtab.train.evaluate import EvalResult
 from trimtab.train.folder import refuse_used_folder, replace_text, sole_user, way_on
@@ -152,6 +153,7 @@ class Session(Generic[Config]):
     def __post_init__(self) -> None:
         self.device = device_of(self.config.device)
         self.dtype = DTYPES[self.config.dtype]
+        self.built: AsBuilt | None = None
 
     def attach(self, model: Any, method: Method, checkpoint: Checkpoint | None) -> tuple[Adapter, Optimizer]:
         """Put the method on the model and build its optimizer, both as the checkpoint has them."""
@@ -159,7 +161,9 @@ class Session(Generic[Config]):
         self.phases = predict_phases(model, method, config.optim, dtype=self.dtype, pure=config.pure)
         for caution in config.cautions():
             say(self.console, f"warning: {caution}")
-        adapter = attach(model.to(self.device), method, dtype=self.dtype, pure=config.pure)
+        model.to(self.device)
+        self.built = AsBuilt(model)
+        adapter = attach(model, method, dtype=self.dtype, pure=config.pure)
         adapter.restarts(config.total_steps, config.schedule.rewarm_steps)
         if checkpoint:
             checkpoint.load_model(model, adapter)
@@ -204,8 +208,10 @@ class Session(Generic[Config]):
         optimizer: Optimizer,
         extra: Mapping[str, Any],
         checkpoint: Checkpoint | None,
+        *,
+        rebuilds: bool = False,
     ) -> Checkpointer:
-        """Who writes the checkpoints, with `extra` in each."""
+        """Who writes the checkpoints, with `extra` in each; `rebuilds`: without what model.name has, too."""
         return Checkpointer(
             self.folder / "checkpoints",
             model,
@@ -216,6 +222,7 @@ class Session(Generic[Config]):
             extra=extra,
             damaged=self.damaged,
             last=checkpoint.path if checkpoint else None,
+            built=self.built if rebuilds else None,
         )
 
     def train(self, checkpoint: Checkpoint | None, log: RunLog, **parts: Any) -> tuple[int, StopSignals]:
