@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trimtab.errors import CheckpointError
+from trimtab.report.spectrum import Spectrum
 from trimtab.train import finetune as finetuning
 from trimtab.train.asbuilt import AsBuilt, fingerprint
 from trimtab.train.checkpoint import load
@@ -114,21 +115,52 @@ def test_what_was_written_unseen_is_noticed(place: Path, tmp_path: Path, monkeyp
         again(tmp_path / "run")
 
 
-def test_a_checkpoint_with_the_whole_base_is_read(place: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_the_whole_base_is_read(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those were that knew of no model that is built again."""
-    from trimtab.train.session import Session
-
-    saver = Session.saver
-
-    def whole(self: Any, *arguments: Any, **options: Any) -> Any:
-        return saver(self, *arguments, **options | {"rebuilds": False})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "saver", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning._Run, "rebuilds", False)
         run(place, tmp_path, "bert", labelled(place), "lora", **STEPS)
     assert len(stored(tmp_path / "run")) > 20
     assert not load(tmp_path / "run" / "checkpoints" / "step-00000007").state["rebuilt"]
     assert again(tmp_path / "run").finished
+
+
+@pytest.mark.parametrize(
+    ("method", "quantize", "filed"),
+    [
+        ("{name: lora, rank: 4}", None, False),
+        ("{name: lora, rank: 4}", "nf4", False),
+        ("{name: lora, rank: 4, dora: true}", None, False),
+        ("{name: lora, rank: 4, init: orthogonal}", None, False),
+        ("{name: vera, rank: 8}", None, False),
+        ("{name: adalora, rank: 4}", None, False),
+        ("{name: ia3}", None, False),
+        ("{name: bitfit}", None, False),
+        (PISSA, None, True),
+        (RESTARTS, None, True),
+        ("full", None, True),
+    ],
+)
+def test_the_spectrum_needs_no_copy_of_weights_that_stay(
+    method: str, quantize: str | None, filed: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the same as with a file of the weights at attach, which is written only where they are lost otherwise."""
+    changes = {"train__steps": 7, "model__quantize": quantize}
+    run(place, tmp_path / "a", "bert", labelled(place), method, **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning._Run, "rebuilds", False)
+        run(place, tmp_path / "b", "bert", labelled(place), method, **changes)
+    assert (tmp_path / "a" / "run" / "start.safetensors").exists() == filed
+    assert (tmp_path / "b" / "run" / "start.safetensors").exists()
+    ours, theirs = (Spectrum.load(tmp_path / side / "run" / "spectrum.json") for side in "ab")
+    assert [matrix.name for matrix in ours.matrices] == [matrix.name for matrix in theirs.matrices]
+    for one, other in zip(ours.matrices, theirs.matrices, strict=True):
+        assert one.rank == other.rank
+        assert one.start_frobenius == pytest.approx(other.start_frobenius, rel=1e-6)
+        largest = other.singular_values[0]
+        assert one.singular_values == pytest.approx(other.singular_values, rel=1e-4, abs=1e-5 * largest)
+    if method != "{name: bitfit}":  # which updates no matrix
+        assert any(matrix.rank for matrix in ours.matrices)
 
 
 def test_going_back_holds_one_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,7 @@ def matrix_types(names: list[str]) -> dict[str, str]:
 
 
 def update_spectrum(
-    start: Path,
+    start: Path | Iterator[tuple[str, Tensor]],
     now: Iterator[tuple[str, Tensor]],
     *,
     threshold: float = THRESHOLD,
@@ -257,8 +257,8 @@ def update_spectrum(
     """Compare the weights of now with those at attach, with two matrices in memory at a time.
 
     Args:
-        start: a file of `write_start`.
-        now: name and value of each matrix that `start` holds, in any order.
+        start: a file of `write_start`, or name and value of each matrix at attach.
+        now: name and value of each matrix that `start` holds; in any order for a file, else in that of `start`.
         threshold: share of the largest singular value above which one counts towards the rank.
         rank: r of the run's adapter, kept as a reference line.
         restarts: k of the run, likewise.
@@ -268,14 +268,22 @@ def update_spectrum(
         CheckpointError: `start` cannot be read, or does not hold the same names and shapes as `now`.
         NonFiniteError: a matrix holds a value that is not finite.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not SMALLEST_THRESHOLD <= threshold < 1.0:
         raise ConfigError(
             f"the spectrum's threshold must lie in [{SMALLEST_THRESHOLD:g}, 1), got {threshold}; "
             "smaller singular values are rounding noise"
         )
-    found: list[dict[str, Any]] = []
+    pairs = _from_file(start, now) if isinstance(start, Path) else _together(start, now)
+    found = [_one(name, before, after, threshold, device) for name, before, after in pairs]
+    kinds = matrix_types([entry["name"] for entry in found])
+    matrices = tuple(MatrixSpectrum(type=kinds[entry["name"]], **entry) for entry in found)
+    return Spectrum(matrices, threshold=threshold, rank=rank, restarts=restarts)
+
+
+def _from_file(start: Path, now: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, value at attach, and value now."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(start), framework="pt") as file:
             missing = set(file.keys())
@@ -287,7 +295,13 @@ def update_spectrum(
                         else f"{name!r} came twice while the update was compared with {start}"
                     )
                 missing.discard(name)
-                found.append(_one(name, file.get_tensor(name), value, threshold, device, start))
+                before = file.get_tensor(name)
+                if before.ndim != 2 or before.shape != value.shape:
+                    raise CheckpointError(
+                        f"{start} does not fit this model: {name!r} is {tuple(before.shape)} there and "
+                        f"{tuple(value.shape)} here"
+                    )
+                yield name, before, value
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"{start} cannot be read ({problem}); it holds the weights at attach") from problem
     if missing:
@@ -295,19 +309,19 @@ def update_spectrum(
             f"{start} does not fit this model: it holds {min(missing)!r}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which the model does not have"
         )
-    kinds = matrix_types([entry["name"] for entry in found])
-    matrices = tuple(MatrixSpectrum(type=kinds[entry["name"]], **entry) for entry in found)
-    return Spectrum(matrices, threshold=threshold, rank=rank, restarts=restarts)
 
 
-def _one(
-    name: str, before: Tensor, after: Tensor, threshold: float, device: torch.device | str, start: Path
-) -> dict[str, Any]:
+def _together(
+    start: Iterator[tuple[str, Tensor]], now: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for (name, before), (same, after) in zip(start, now, strict=True):
+        if name != same or before.shape != after.shape:
+            raise ValueError(f"{same!r} of now stands where the start has {name!r}")
+        yield name, before, after
+
+
+def _one(name: str, before: Tensor, after: Tensor, threshold: float, device: torch.device | str) -> dict[str, Any]:
     """All but the type of one `MatrixSpectrum`."""
-    if before.ndim != 2 or before.shape != after.shape:
-        raise CheckpointError(
-            f"{start} does not fit this model: {name!r} is {tuple(before.shape)} there and {tuple(after.shape)} here"
-        )
     old = before.to(device, torch.float32)
     delta = after.detach().to(device, torch.float32) - old
     if not bool(torch.isfinite(delta).all()):

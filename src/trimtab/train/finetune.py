@@ -72,6 +72,8 @@ def finetune(config: FinetuneConfig, *, resume: Path | None = None, console: Con
 class _Run(Session[FinetuneConfig]):
     """One run of `finetune`."""
 
+    rebuilds = True
+
     material: Material = field(kw_only=True)
 
     def go(self, checkpoint: Checkpoint | None, stack: ExitStack) -> FinetuneResult:
@@ -106,7 +108,7 @@ class _Run(Session[FinetuneConfig]):
         best = Best(config.eval.patience)
         best.read_log(self.folder / "metrics.jsonl")
         extra = {"cache_hidden": cached.place if cached else None, "data": material.digest}
-        saver = self.saver(model, adapter, optimizer, extra, checkpoint, rebuilds=True)
+        saver = self.saver(model, adapter, optimizer, extra, checkpoint)
         saver.pinned = best.step
         log = self.open_log(checkpoint, stack)
 

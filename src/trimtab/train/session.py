@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -144,6 +144,9 @@ def say(console: Console, text: str) -> None:
 class Session(Generic[Config]):
     """The parts of one run that more than one of its stages needs."""
 
+    #: Whether a run that goes on builds the model that it began with again, so that its files need no copy of it.
+    rebuilds: ClassVar[bool] = False
+
     config: Config
     folder: Path
     console: Console
@@ -184,7 +187,7 @@ class Session(Generic[Config]):
             raise CheckpointError(
                 f"the run folder {self.folder} cannot be written: {error.strerror or error}; choose another out=FOLDER"
             ) from error
-        if checkpoint is None:
+        if checkpoint is None and not self._has_start(adapter):
             write_start(self.folder / "start.safetensors", adapter.effective_weights())
         self.show_phases()
 
@@ -208,10 +211,8 @@ class Session(Generic[Config]):
         optimizer: Optimizer,
         extra: Mapping[str, Any],
         checkpoint: Checkpoint | None,
-        *,
-        rebuilds: bool = False,
     ) -> Checkpointer:
-        """Who writes the checkpoints, with `extra` in each; `rebuilds`: without what model.name has, too."""
+        """Who writes the checkpoints, with `extra` in each."""
         return Checkpointer(
             self.folder / "checkpoints",
             model,
@@ -222,7 +223,7 @@ class Session(Generic[Config]):
             extra=extra,
             damaged=self.damaged,
             last=checkpoint.path if checkpoint else None,
-            built=self.built if rebuilds else None,
+            built=self.built if self.rebuilds else None,
         )
 
     def train(self, checkpoint: Checkpoint | None, log: RunLog, **parts: Any) -> tuple[int, StopSignals]:
@@ -282,7 +283,7 @@ class Session(Generic[Config]):
         """Write the spectrum of the update since the start, where that can be done."""
         try:
             update_spectrum(
-                self.folder / "start.safetensors",
+                adapter.base_weights() if self._has_start(adapter) else self.folder / "start.safetensors",
                 adapter.effective_weights(),
                 rank=adapter.config.update_rank,
                 restarts=len(self.config.restarts()),
@@ -290,6 +291,14 @@ class Session(Generic[Config]):
             ).save(self.folder / "spectrum.json")
         except TrimtabError as error:  # a side file; the model must not wait for it
             say(self.console, f"the spectrum of the update cannot be shown: {error}")
+
+    def _has_start(self, adapter: Adapter) -> bool:
+        """Whether the matrices at attach need no file: the base has them, as its source gave them, to the end."""
+        if not self.rebuilds or self.built is None or self.config.restarts() or adapter.config.switch_step:
+            return False
+        known = dict(adapter.model.named_parameters(remove_duplicate=False))
+        frozen = (known.get(name) for name in adapter.updated())
+        return all(tensor is not None and not tensor.requires_grad and tensor in self.built for tensor in frozen)
 
     def opening(self, start: int) -> dict[str, Any]:
         return {
