@@ -18,6 +18,7 @@ from rich.console import Console
 from trimtab.errors import CannotSave, CheckpointError, DataError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.methods.base import Adapter
+from trimtab.models.taskmodel import LABELS
 from trimtab.report.page import write_report
 from trimtab.train.best import Best
 from trimtab.train.cached import open_cache
@@ -26,7 +27,6 @@ from trimtab.train.checkpoint import Checkpoint, load
 from trimtab.train.folder import replace_text, save_model, sole_user
 from trimtab.train.material import Material, prepare
 from trimtab.train.metrics import RunLog, jsonable, require_tensorboard
-from trimtab.train.score import LABELS
 from trimtab.train.scoring import Scores
 from trimtab.train.session import RunResult, Session, begin, say
 
