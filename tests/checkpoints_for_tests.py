@@ -38,6 +38,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+def save_checkpoints(folder: Path, *families: str) -> Path:
+    """One of each family, under its name; returns the folder."""
+    for family in families:
+        save_checkpoint(folder / family, family)
+    return folder
+
+
 def save_checkpoint(folder: Path, family: str) -> Path:
     """A model of a family ("llama", "bert", "t5") with random weights, and its tokenizer."""
     words = tokenizer()

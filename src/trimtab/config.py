@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, model_validator
 from trimtab.errors import ConfigError
 from trimtab.methods import Method, MethodField
 from trimtab.optim.schedule import Schedule
-from trimtab.settings import HubSource, Settings
+from trimtab.settings import HubSource, Settings, given
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -329,12 +329,6 @@ class PretrainConfig(RunConfig):
 
     def cautions(self) -> list[str]:
         return [*super().cautions(), *rounding(self.train.cache_hidden, self.train.cache_storage, self.dtype)]
-
-
-def given(section: BaseModel, *keys: str) -> list[str]:
-    """Those of the keys that differ from their defaults."""
-    fields = type(section).model_fields
-    return [key for key in keys if getattr(section, key) != fields[key].default]
 
 
 def check_cacheable(folder: Path | None, method: Method) -> None:

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.resolver import BaseResolver
 
-from trimtab.config import PretrainConfig, RunConfig, given
+from trimtab.config import PretrainConfig, RunConfig
 from trimtab.configerrors import (
     Key,
     Origins,
@@ -32,7 +32,7 @@ from trimtab.configerrors import (
     shown,
 )
 from trimtab.errors import ConfigError
-from trimtab.settings import annotation_parts
+from trimtab.settings import annotation_parts, given
 
 Config = TypeVar("Config", bound=BaseModel)
 

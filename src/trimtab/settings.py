@@ -25,6 +25,12 @@ class HubSource(Settings):
     revision: str | None = None
 
 
+def given(section: BaseModel, *keys: str) -> list[str]:
+    """Those of the keys that differ from their defaults."""
+    fields = type(section).model_fields
+    return [key for key in keys if getattr(section, key) != fields[key].default]
+
+
 def annotation_parts(annotation: Any) -> Iterator[Any]:
     """An annotation and everything in its brackets."""
     yield annotation

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints_for_tests import labelled_rows, save_checkpoint, sentences, write_rows
+from checkpoints_for_tests import labelled_rows, save_checkpoints, sentences, write_rows
 
 from trimtab.cli import main
 
@@ -20,9 +20,7 @@ from trimtab.cli import main
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints, a set, and two runs that differ in their seed."""
-    folder = tmp_path_factory.mktemp("eval")
-    for family in ("bert", "llama"):
-        save_checkpoint(folder / family, family)
+    folder = save_checkpoints(tmp_path_factory.mktemp("eval"), "bert", "llama")
     write_rows(folder / "train.jsonl", labelled_rows(60))
     write_rows(folder / "held-out.jsonl", labelled_rows(30, seed=1))
     (folder / "text.gz").write_bytes(b"\x1f\x8b")

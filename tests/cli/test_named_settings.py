@@ -6,16 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints_for_tests import labelled_rows, save_checkpoint, write_rows
+from checkpoints_for_tests import labelled_rows, save_checkpoints, write_rows
 from runs import run, write_project
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of width 32 and a labelled set."""
-    folder = tmp_path_factory.mktemp("named")
-    for family in ("bert", "llama"):
-        save_checkpoint(folder / family, family)
+    folder = save_checkpoints(tmp_path_factory.mktemp("named"), "bert", "llama")
     write_rows(folder / "train.jsonl", labelled_rows(40))
     return folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints_for_tests import labelled_rows, save_checkpoint, sentences, write_rows
+from checkpoints_for_tests import labelled_rows, save_checkpoints, sentences, write_rows
 from rich.console import Console
 
 from trimtab.cli import main
@@ -24,9 +24,7 @@ from trimtab.train.finetune import finetune
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints whose tokenizers have a chat template, and sets."""
-    folder = tmp_path_factory.mktemp("asked")
-    for family in ("llama", "t5"):
-        save_checkpoint(folder / family, family)
+    folder = save_checkpoints(tmp_path_factory.mktemp("asked"), "llama", "t5")
     pairs = [{"source": text, "target": text.split()[0]} for text in sentences(40)]
     write_rows(folder / "pairs.jsonl", pairs)
     write_rows(folder / "labelled.jsonl", labelled_rows(40))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from models_for_tests import tiny_llama
+from processes_for_tests import spawn
 from trainer_parts import Tokens, arguments, relora
 from transformers import Trainer
 
@@ -63,7 +63,7 @@ def results(world: int, folder: Path, tilted: bool) -> list[dict[str, torch.Tens
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(run, (world, str(folder), tilted, port), nprocs=world)
+    spawn(run, (world, str(folder), tilted, port), world)
     return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
 

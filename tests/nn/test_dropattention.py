@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,8 @@ from torch import Tensor
 
 from trimtab.bench.meters import live_bytes
 from trimtab.nn import dropattention
-from trimtab.nn.dropattention import attention
 from trimtab.nn.dropping import gain
+from trimtab.nn.sdpa import Asked
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -37,9 +39,13 @@ MASKS: dict[str, Tensor | None] = {
 }
 
 
-def called(q: Tensor, k: Tensor, v: Tensor, seed: int = 3, **settings: object) -> Tensor:
+def attention(*args: Any, **settings: Any) -> Tensor | None:
+    return dropattention.attention(Asked(*args, **settings))
+
+
+def called(q: Tensor, k: Tensor, v: Tensor, seed: int = 3, **settings: Any) -> Tensor:
     torch.manual_seed(seed)
-    found = attention(q, k, v, **{"dropout_p": 0.4, **settings})  # type: ignore[arg-type]
+    found = attention(q, k, v, **{"dropout_p": 0.4, **settings})
     assert found is not None
     return found
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from models_for_tests import tiny_llama, token_ids
+from processes_for_tests import spawn
 from torch import Tensor
 
 import trimtab
@@ -45,7 +45,7 @@ def run(rank: int, world: int, folder: str, settings: dict[str, object]) -> None
 
 def results(world: int, folder: Path, **settings: object) -> list[dict[str, Tensor]]:
     folder.mkdir()
-    mp.spawn(run, (world, str(folder), settings), nprocs=world)
+    spawn(run, (world, str(folder), settings), world)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 

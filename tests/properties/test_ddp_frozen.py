@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from models_for_tests import tiny_llama, token_ids
+from processes_for_tests import spawn
 
 import trimtab
 
@@ -49,7 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Te
     """Of the two ranks, and of one process alone."""
     folder = tmp_path_factory.mktemp("ddp")
     for world in (2, 1):
-        mp.spawn(run, (world, str(folder)), nprocs=world)
+        spawn(run, (world, str(folder)), world)
     return [torch.load(Path(folder) / f"{name}.pt", weights_only=True) for name in ("2-0", "2-1", "1-0")]
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from trimtab.errors import CheckpointError, ConfigError, NonFiniteError, ReportError
 from trimtab.report import files
-from trimtab.report.spectrum import Spectrum, matrix_types, numerical_rank, singular_values, update_spectrum
+from trimtab.report.singular import numerical_rank, singular_values
+from trimtab.report.spectrum import Spectrum, matrix_types, update_spectrum
 from trimtab.report.start import write_start
 
 
@@ -65,6 +66,41 @@ def test_singular_values_of_a_steep_spectrum_are_right_far_below_the_threshold()
     true = torch.logspace(0, -6, 60, dtype=torch.float64)
     found = singular_values(left @ torch.diag(true) @ right.T)
     assert float((found / true - 1).abs().max()) < 0.02
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    out=st.integers(50, 90),
+    inner=st.integers(50, 90),
+    rank=st.integers(1, 4),
+    scale=st.sampled_from([1e-30, 1e-3, 1e30]),
+    seed=st.integers(0, 10**6),
+)
+def test_within_a_bound_on_the_rank_the_values_are_the_same(
+    out: int, inner: int, rank: int, scale: float, seed: int
+) -> None:
+    """Of an update in fp32 whose entries are rounded as those of a difference of weights are; the rest are zeros."""
+    exact = (low_rank(seed, out, inner, rank) @ torch.diag(torch.linspace(1.0, 0.05, inner))).double()
+    delta = ((exact + 30.0).float() - 30.0) * scale
+    true = torch.linalg.svdvals(exact) * scale
+    found = singular_values(delta, rank, 1e-3)
+    assert found.shape == true.shape
+    assert int((found > 0).sum()) <= rank + 8 < min(out, inner)
+    assert float((found[:rank] - true[:rank]).abs().max()) <= 2e-5 * float(true[0])
+    assert numerical_rank(found) == numerical_rank(singular_values(delta))
+
+
+@pytest.mark.parametrize(("beyond", "zeros"), [(0.9e-3, True), (3e-3, False)])
+def test_a_bound_that_is_wrong_is_seen(beyond: float, zeros: bool) -> None:
+    """Twenty values of one size above a bound of 2: together they are below a thousandth of the largest, or not."""
+    left, right = torch.linalg.qr(noise(3, 80, 22).double())[0], torch.linalg.qr(noise(4, 120, 22).double())[0]
+    sizes = torch.tensor([1.0, 0.5, *[beyond / 20**0.5] * 20], dtype=torch.float64)
+    delta = left @ torch.diag(sizes) @ right.T
+    found, whole = singular_values(delta, 2, 1e-3), singular_values(delta)
+    assert torch.equal(found, whole) != zeros
+    assert float((found - whole).abs().max()) <= (beyond if zeros else 0.0)
+    assert float((found - whole)[:2].abs().max()) <= 1e-6
+    assert bool((found[15:] == 0).all()) == zeros
 
 
 @settings(max_examples=25, deadline=None)

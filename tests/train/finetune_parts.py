@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints_for_tests import labelled_rows, save_checkpoint, sentences, write_rows
+from checkpoints_for_tests import labelled_rows, save_checkpoints, sentences, write_rows
 from rich.console import Console
 
 from trimtab.finetuneconfig import FinetuneConfig
@@ -19,9 +19,7 @@ from trimtab.train.finetune import FinetuneResult, finetune
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with checkpoints and sets."""
-    folder = tmp_path_factory.mktemp("finetune")
-    for family in ("bert", "llama", "t5"):
-        save_checkpoint(folder / family, family)
+    folder = save_checkpoints(tmp_path_factory.mktemp("finetune"), "bert", "llama", "t5")
     write_rows(folder / "labelled.jsonl", labelled_rows(120))
     write_rows(folder / "held-out.jsonl", labelled_rows(40, seed=1))
     pairs = [{"source": text, "target": text.split()[0]} for text in sentences(60)]

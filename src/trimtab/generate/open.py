@@ -18,7 +18,7 @@ from trimtab.finetuneconfig import TaskModelConfig, is_finetuning
 from trimtab.generate.generator import Generator, Sampling
 from trimtab.methods.folder import CONFIG_FILE, read_adapter_folder
 from trimtab.models.load import load_for_generation, read_config
-from trimtab.models.taskmodel import fitting_length, quantize_as, task_tokenizer
+from trimtab.models.taskmodel import LABELS, fitting_length, quantize_as, task_tokenizer
 from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Task
 from trimtab.tasks.registry import parse_task
@@ -103,7 +103,7 @@ def find_base(base: str) -> Base:
         raise ConfigError(f"BASE: {folder / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
     model, adapter = folder / "model", folder / "adapter"
     if is_finetuning(tree):
-        if any(folder.glob("adapter/labels.json")) or _classifies(model):
+        if (adapter / LABELS).is_file() or _classifies(model):
             raise ConfigError(
                 f"BASE: {base} is a run whose model classifies and writes nothing; score it: trimtab eval"
             )

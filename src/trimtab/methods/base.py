@@ -303,6 +303,14 @@ class Adapter(Placed, abc.ABC):
         """
 
     @abc.abstractmethod
+    def updated(self) -> list[str]:
+        """The names that `effective_weights` gives, in its order."""
+
+    @abc.abstractmethod
+    def base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `effective_weights`, without what the adapter adds: W + carry."""
+
+    @abc.abstractmethod
     def merge(self, *, quantized: bool = False) -> None:
         """Fold everything into the base, rounded once, and leave a plain model of the compute dtype.
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.errors import ConfigError
 from trimtab.methods.base import Adapter, Method
@@ -280,8 +280,8 @@ class BesideAdapter(FrozenBaseAdapter):
 
     # -- results -------------------------------------------------------------------------------
 
-    def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(())  # no matrix is updated
+    def _updated(self) -> dict[str, nn.Module]:
+        return {}  # no matrix of the base is
 
     def _saved(self) -> SavedAdapter:
         full, modules = self._saved_in_full()

@@ -7,7 +7,7 @@ Biases are tensors of the base, so this edits the base: with `keep_base` it can 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 import torch
@@ -156,8 +156,8 @@ class BitFitAdapter(FrozenBaseAdapter):
         trained = self._residence.trained
         return f"{trained[0]} trains" if trained else ""
 
-    def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(())  # no matrix is updated
+    def _updated(self) -> dict[str, nn.Module]:
+        return {}  # no matrix of the base is
 
     @property
     def no_merge(self) -> str:

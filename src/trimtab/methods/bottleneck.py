@@ -6,7 +6,7 @@ network's output projection; Pfeiffer et al. (arXiv 2005.00247) one, after the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -128,9 +128,8 @@ class BottleneckAdapter(FrozenBaseAdapter):
             elif name.endswith("adapter_down"):
                 draw_a(part, generator)
 
-    def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Nothing: no matrix of the base is updated."""
-        return iter(())
+    def _updated(self) -> dict[str, nn.Module]:
+        return {}  # no matrix of the base is
 
     def _saved(self) -> SavedAdapter:
         full, modules = self._saved_in_full()

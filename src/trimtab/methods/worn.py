@@ -346,12 +346,20 @@ class WornAdapter(Adapter):
                 )
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self._values(lambda layer: layer.effective_weight())
+
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self._values(lambda layer: layer.base_weight())
+
+    def updated(self) -> list[str]:
+        return [f"{name}.weight" for name in self._updated()]
+
+    def _values(self, of: Callable[[Any], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Name and fp32 value of each matrix that the method updates; `of` gives those of adapted layers."""
         for name, module in self._updated().items():
             with self._working():  # for each anew: between two of them the model is as its user left it
                 layer = self.layers.get(name)
-                known = (
-                    plain_weights({name: module}) if layer is None else [(f"{name}.weight", layer.effective_weight())]
-                )
+                known = plain_weights({name: module}) if layer is None else [(f"{name}.weight", of(layer))]
                 found = list(known)
             yield from found
 

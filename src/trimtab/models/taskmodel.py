@@ -34,6 +34,9 @@ from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Form
 from trimtab.tasks.encode import Reading
 
+#: Beside an adapter with a head: the names of its classes, in the order of their numbers.
+LABELS = "labels.json"
+
 #: The forms of examples in words.
 _WHAT: dict[Form, str] = {
     "class": "classes",

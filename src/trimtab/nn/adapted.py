@@ -65,6 +65,12 @@ class Adapted(Swapped):
         return torch.cat([self._sum(self.weight, block, self.base).float().cpu() for block in blocks])
 
     @torch.no_grad()
+    def base_weight(self) -> Tensor:
+        """The weight without what the adapter adds, in fp32, of shape (out, in), on the CPU."""
+        blocks = self.base.row_blocks(self.weight)
+        return torch.cat([self.base.rows(self.weight, block).float().cpu() for block in blocks])
+
+    @torch.no_grad()
     def merge_(self) -> None:
         """Write the merged value into the base, a block of rows at a time; the adapter is left as it is."""
         for block in self.base.row_blocks(self.weight):

@@ -15,27 +15,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.nn.dropping import can_drop, dropped, gain, new_seed
+from trimtab.nn.sdpa import Asked
 
 #: Probabilities that are computed at a time, but at least those of one example.
 _AT_A_TIME = 2**20
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
+def attention(asked: Asked) -> Tensor | None:
     """`torch.nn.functional.scaled_dot_product_attention`, or None where that one is to be used.
 
     That is without dropout, on other devices than the CPU, under autocast, with a mask that gets a gradient, with other
     than four dimensions (examples, heads, positions, features), where nothing gets a gradient, and with what torch
     refuses.
     """
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = asked
     parts = (query, key, value)
     if not can_drop(dropout_p) or not any(part.requires_grad for part in parts) or torch.is_autocast_enabled("cpu"):
         return None

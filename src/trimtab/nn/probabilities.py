@@ -29,6 +29,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from trimtab.nn.sdpa import Asked
+
 Context = Any
 
 #: An implementation of attention as transformers calls it: (module, query, key, value, mask, **kwargs), whose
@@ -112,25 +114,16 @@ class _InBlocks(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _product(func, *args, **(kwargs or {}))
+            return _product(func, Asked(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
-def _product(
-    func: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`scaled_dot_product_attention` (its arguments are torch's) as a source of gradients only."""
-    if dropout_p or query.dim() != 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
-        return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    out: Tensor = _GradientOnly.apply(value, query, key, attn_mask, is_causal, scale)  # type: ignore[no-untyped-call]
+def _product(func: Callable[..., Tensor], asked: Asked) -> Tensor:
+    """`scaled_dot_product_attention` as a source of gradients only."""
+    query, key, value, mask, dropout, causal, scale, _ = asked
+    if dropout or query.dim() != 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
+        return func(**asked._asdict())
+    out: Tensor = _GradientOnly.apply(value, query, key, mask, causal, scale)  # type: ignore[no-untyped-call]
     return out
 
 

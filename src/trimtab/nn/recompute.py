@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from trimtab.errors import ConfigError
 from trimtab.nn.dropattention import attention
 from trimtab.nn.dropping import can_drop, dropout, new_seed
+from trimtab.nn.sdpa import Asked
 from trimtab.nn.split import is_part
 
 #: How many operations a recipe may run; GELU's approximation, written out, has eight.
@@ -310,7 +311,7 @@ class _Recording(TorchFunctionMode):
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            found = attention(*args, **kwargs)
+            found = attention(Asked(*args, **kwargs))
             return func(*args, **kwargs) if found is None else found
         result = func(*args, **kwargs)
         if func in _CHEAP:

@@ -7,11 +7,6 @@ adapter; k the number of restarts.
 would not do: one merge that is rounded to bf16 leaves noise of full rank. A sum of k + 1 products of rank r has at
 most rank (k + 1) r, and plain LoRA stays at r, so these two are the lines to hold a rank against
 (ReLoRA, arXiv 2307.05695, section 3).
-
-*How the singular values are computed*: as square roots of the eigenvalues of the smaller Gram matrix, dW dW' or
-dW' dW, in float64. The squares cost half of float64's digits, so values are right to about 1e-8 of the largest, six
-orders below the threshold. On one CPU thread a 768 x 2048 matrix takes 0.09 s, against 0.33 s for `svdvals` in
-float64 and 0.22 s in fp32, which is the less accurate of the three (4e-7 of the largest).
 """
 
 from __future__ import annotations
@@ -30,6 +25,7 @@ from torch import Tensor
 
 from trimtab.errors import CheckpointError, ConfigError, NonFiniteError, ReportError
 from trimtab.report.files import write_whole
+from trimtab.report.singular import THRESHOLD, numerical_rank, singular_values
 from trimtab.report.start import write_start
 
 __all__ = [
@@ -37,14 +33,10 @@ __all__ = [
     "Spectrum",
     "TypeSpectrum",
     "matrix_types",
-    "numerical_rank",
-    "singular_values",
     "update_spectrum",
     "write_start",
 ]
 
-#: Singular values at or below this share of the largest do not count towards the rank.
-THRESHOLD = 1e-2
 #: Below this share of the largest, singular values from a Gram matrix are noise.
 SMALLEST_THRESHOLD = 1e-6
 #: The absolute bound under which ReLoRA's authors count a singular value as near zero (their figure 4).
@@ -201,34 +193,6 @@ class Spectrum:
             raise ReportError(f"{path}: {problem}") from problem
 
 
-def singular_values(delta: Tensor) -> Tensor:
-    """The singular values of a matrix, falling, in float64 on the CPU.
-
-    Args:
-        delta: (out, in), any float dtype; the work is done where it lies.
-
-    Returns:
-        (min(out, in),), right to about 1e-8 of the largest.
-    """
-    x = delta.detach().to(torch.float64)
-    # Scaled first, so that neither tiny nor huge updates leave float64's range when they are squared.
-    peak = float(x.abs().max()) if x.numel() else 0.0
-    if peak == 0.0:
-        return torch.zeros(min(delta.shape), dtype=torch.float64)
-    x = x / peak
-    gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
-    eigenvalues: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0.0)  # (min(out, in),), rising
-    return (eigenvalues.sqrt() * peak).flip(0).cpu()
-
-
-def numerical_rank(values: Tensor, threshold: float = THRESHOLD) -> int:
-    """How many singular values exceed `threshold` times the largest; 0 when all are zero."""
-    if values.numel() == 0:
-        return 0
-    largest = float(values.max())
-    return int((values > threshold * largest).sum()) if largest > 0.0 else 0
-
-
 def matrix_types(names: list[str]) -> dict[str, str]:
     """What each named matrix is in every layer: the last part of its path that is not a number.
 
@@ -246,7 +210,7 @@ def matrix_types(names: list[str]) -> dict[str, str]:
 
 
 def update_spectrum(
-    start: Path,
+    start: Path | Iterator[tuple[str, Tensor]],
     now: Iterator[tuple[str, Tensor]],
     *,
     threshold: float = THRESHOLD,
@@ -257,8 +221,8 @@ def update_spectrum(
     """Compare the weights of now with those at attach, with two matrices in memory at a time.
 
     Args:
-        start: a file of `write_start`.
-        now: name and value of each matrix that `start` holds, in any order.
+        start: a file of `write_start`, or name and value of each matrix at attach.
+        now: name and value of each matrix that `start` holds; in any order for a file, else in that of `start`.
         threshold: share of the largest singular value above which one counts towards the rank.
         rank: r of the run's adapter, kept as a reference line.
         restarts: k of the run, likewise.
@@ -268,14 +232,23 @@ def update_spectrum(
         CheckpointError: `start` cannot be read, or does not hold the same names and shapes as `now`.
         NonFiniteError: a matrix holds a value that is not finite.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not SMALLEST_THRESHOLD <= threshold < 1.0:
         raise ConfigError(
             f"the spectrum's threshold must lie in [{SMALLEST_THRESHOLD:g}, 1), got {threshold}; "
             "smaller singular values are rounding noise"
         )
-    found: list[dict[str, Any]] = []
+    pairs = _from_file(start, now) if isinstance(start, Path) else _together(start, now)
+    bound = None if rank is None or restarts is None else (restarts + 1) * rank
+    found = [_one(name, before, after, threshold, device, bound) for name, before, after in pairs]
+    kinds = matrix_types([entry["name"] for entry in found])
+    matrices = tuple(MatrixSpectrum(type=kinds[entry["name"]], **entry) for entry in found)
+    return Spectrum(matrices, threshold=threshold, rank=rank, restarts=restarts)
+
+
+def _from_file(start: Path, now: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, value at attach, and value now."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(start), framework="pt") as file:
             missing = set(file.keys())
@@ -287,7 +260,13 @@ def update_spectrum(
                         else f"{name!r} came twice while the update was compared with {start}"
                     )
                 missing.discard(name)
-                found.append(_one(name, file.get_tensor(name), value, threshold, device, start))
+                before = file.get_tensor(name)
+                if before.ndim != 2 or before.shape != value.shape:
+                    raise CheckpointError(
+                        f"{start} does not fit this model: {name!r} is {tuple(before.shape)} there and "
+                        f"{tuple(value.shape)} here"
+                    )
+                yield name, before, value
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"{start} cannot be read ({problem}); it holds the weights at attach") from problem
     if missing:
@@ -295,24 +274,26 @@ def update_spectrum(
             f"{start} does not fit this model: it holds {min(missing)!r}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which the model does not have"
         )
-    kinds = matrix_types([entry["name"] for entry in found])
-    matrices = tuple(MatrixSpectrum(type=kinds[entry["name"]], **entry) for entry in found)
-    return Spectrum(matrices, threshold=threshold, rank=rank, restarts=restarts)
+
+
+def _together(
+    start: Iterator[tuple[str, Tensor]], now: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for (name, before), (same, after) in zip(start, now, strict=True):
+        if name != same or before.shape != after.shape:
+            raise ValueError(f"{same!r} of now stands where the start has {name!r}")
+        yield name, before, after
 
 
 def _one(
-    name: str, before: Tensor, after: Tensor, threshold: float, device: torch.device | str, start: Path
+    name: str, before: Tensor, after: Tensor, threshold: float, device: torch.device | str, bound: int | None
 ) -> dict[str, Any]:
     """All but the type of one `MatrixSpectrum`."""
-    if before.ndim != 2 or before.shape != after.shape:
-        raise CheckpointError(
-            f"{start} does not fit this model: {name!r} is {tuple(before.shape)} there and {tuple(after.shape)} here"
-        )
     old = before.to(device, torch.float32)
     delta = after.detach().to(device, torch.float32) - old
     if not bool(torch.isfinite(delta).all()):
         raise NonFiniteError(f"the update of {name!r} is not finite, so it has no spectrum; the run has diverged")
-    values = singular_values(delta)
+    values = singular_values(delta, bound, 0.1 * threshold)
     return {
         "name": name,
         "shape": (int(delta.shape[0]), int(delta.shape[1])),

@@ -10,7 +10,7 @@ from typing import ClassVar, Final, Literal, Self, cast
 from pydantic import PositiveInt, model_validator
 
 from trimtab.errors import ConfigError, DataError
-from trimtab.settings import HubSource
+from trimtab.settings import HubSource, given
 from trimtab.tasks import metrics
 from trimtab.tasks.base import Convention, Example, Form, Headline, Labelled, Loaded, Prediction, Task, Written
 from trimtab.tasks.files import two_texts
@@ -63,8 +63,7 @@ class GLUE(Task):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        defaults = type(self).model_fields  # a configuration that was written whole has them, too
-        beside = [key for key in ("dataset", "revision") if getattr(self, key) != defaults[key].default]
+        beside = given(self, "dataset", "revision")  # not those that are set: in a configuration written whole all are
         if self.folder is not None and beside:
             raise ConfigError(f"folder = {self.folder!r} is read, so that {beside[0]} has no effect; drop one of them")
         return self

@@ -1,14 +1,15 @@
 """Checkpoints: folders that stand complete or not at all.
 
     checkpoints/step-00001000/
-        base.safetensors        what the model holds beside the adapter's tensors; tied tensors once
+        base.safetensors        what the model holds beside the adapter's tensors; tied tensors once. A run whose
+                                model can be had again leaves out what is as it was then, and keeps its SHA-256
         adapter.safetensors     the adapter's tensors (what trains, and what a method stores beside it)
         optimizer.safetensors   optimizer state by parameter name
         state.json              step, config, counters, Python values, random states, checksum of each file
 
 A folder is written under a temporary name beside its place, flushed to the disk, read again and
 compared with its checksums, and only then renamed; older folders go after the new one stands. A kill
-at any moment therefore leaves the previous checkpoint. Each folder holds its own copy of the base:
+at any moment therefore leaves the previous checkpoint. Each folder holds its own copy of what it holds:
 a link to the previous one would save writing it, but one bad sector would then end all checkpoints.
 """
 
@@ -30,9 +31,12 @@ from torch.optim import Optimizer
 from trimtab.errors import CheckpointError
 from trimtab.methods.base import Adapter, AdapterState
 from trimtab.train import optimstate, randomstate
+from trimtab.train.asbuilt import AsBuilt, fingerprint
 from trimtab.train.tensorfile import TensorFile, copy_into, read_tensors, verify, write_tensors
 
-FORMAT = 1
+FORMAT = 2
+#: The first format had the whole base in each checkpoint.
+_READ = (1, FORMAT)
 FILES = ("base.safetensors", "adapter.safetensors", "optimizer.safetensors")
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -45,7 +49,7 @@ def base_tensors(model: nn.Module, adapter_tensors: Mapping[str, Tensor]) -> dic
     """
     seen = {_identity(tensor) for tensor in adapter_tensors.values()}
     found: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
                 f"the model's state has {name}, a {type(tensor).__name__}; a checkpoint holds tensors"
@@ -74,6 +78,7 @@ class Checkpointer:
         extra: further JSON values to store (what identifies the data, for one).
         damaged: names of folders that are known to be damaged and do not count as kept.
         pinned: the step of one that stays, however old.
+        built: the model before the adapter came, where a run that goes on can build it again; None where it cannot.
     """
 
     folder: Path
@@ -86,6 +91,7 @@ class Checkpointer:
     damaged: frozenset[str] = frozenset()
     last: Path | None = None
     pinned: int | None = None
+    built: AsBuilt | None = None
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` completed steps lies."""
@@ -122,7 +128,10 @@ class Checkpointer:
     def _write(self, folder: Path, step: int) -> None:
         state = self.adapter.state_dict()
         optimizer_tensors, packed = optimstate.pack(self.optimizer)
-        contents = (base_tensors(self.model, state.tensors), state.tensors, optimizer_tensors)
+        base = base_tensors(self.model, state.tensors)
+        rebuilt = {name: fingerprint(t) for name, t in base.items() if self.built is not None and t in self.built}
+        base = {name: tensor for name, tensor in base.items() if name not in rebuilt}
+        contents = (base, state.tensors, optimizer_tensors)
         digests = {name: write_tensors(folder / name, tensors) for name, tensors in zip(FILES, contents, strict=True)}
         body = {
             "format": FORMAT,
@@ -132,6 +141,7 @@ class Checkpointer:
             "adapter": state.meta,
             "optimizer": packed,
             "random": randomstate.capture(),
+            "rebuilt": rebuilt,
             "files": digests,
         }
         _write_text(folder / "state.json", json.dumps({"sha256": _digest(body), "state": body}, allow_nan=False))
@@ -185,10 +195,20 @@ class Checkpoint:
         """Bring a freshly attached adapter and its model to this state, before the optimizer is built.
 
         Raises:
-            CheckpointError: tensors are missing, unexpected, or of another shape or dtype.
+            CheckpointError: tensors are missing, unexpected, or of another shape or dtype; or those that were built
+                again are not as they were.
         """
         adapter.load_state_dict(AdapterState(read_tensors(self.path / FILES[1]), dict(self.state["adapter"])))
-        copy_into(self.path / FILES[0], base_tensors(model, adapter.state_dict().tensors))
+        base = base_tensors(model, adapter.state_dict().tensors)
+        rebuilt = self.state.get("rebuilt", {})
+        others = [name for name, known in rebuilt.items() if name not in base or fingerprint(base[name]) != known]
+        if others:
+            more = f" and {len(others) - 1} more tensors" if len(others) > 1 else ""
+            raise CheckpointError(
+                f"{self.path} is of another base than model.name has now: {others[0]}{more} changed; put the model "
+                "back that the run was begun with, or start a new run"
+            )
+        copy_into(self.path / FILES[0], {name: tensor for name, tensor in base.items() if name not in rebuilt})
 
     def load_optimizer(self, optimizer: Optimizer) -> None:
         """Give the state to an optimizer built from `adapter.parameter_groups` after `load_model`.
@@ -250,9 +270,9 @@ def _verified(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path / 'state.json'} is damaged: its checksum does not fit")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / 'state.json'} cannot be read: {error}") from error
-    if body["format"] != FORMAT:
+    if body["format"] not in _READ:
         raise CheckpointError(
-            f"{path} has the checkpoint format {body['format']}, this version reads {FORMAT}; "
+            f"{path} has the checkpoint format {body['format']}, this version reads up to {FORMAT}; "
             "use the version that wrote it"
         )
     for name in FILES:

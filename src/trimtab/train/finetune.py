@@ -6,6 +6,7 @@ again from its files and that checkpoint, since a method may not be able to go b
 
 from __future__ import annotations
 
+import gc
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from rich.console import Console
 from trimtab.errors import CannotSave, CheckpointError, DataError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.methods.base import Adapter
+from trimtab.models.taskmodel import LABELS
 from trimtab.report.page import write_report
 from trimtab.report.words import many
 from trimtab.train.best import Best
@@ -26,7 +28,6 @@ from trimtab.train.checkpoint import Checkpoint, load
 from trimtab.train.folder import replace_text, save_model, sole_user
 from trimtab.train.material import Material, prepare
 from trimtab.train.metrics import RunLog, jsonable, require_tensorboard
-from trimtab.train.score import LABELS
 from trimtab.train.scoring import Scores
 from trimtab.train.session import RunResult, Session, begin, say
 
@@ -72,6 +73,8 @@ def finetune(config: FinetuneConfig, *, resume: Path | None = None, console: Con
 class _Run(Session[FinetuneConfig]):
     """One run of `finetune`."""
 
+    rebuilds = True
+
     material: Material = field(kw_only=True)
 
     def go(self, checkpoint: Checkpoint | None, stack: ExitStack) -> FinetuneResult:
@@ -93,8 +96,8 @@ class _Run(Session[FinetuneConfig]):
         objective.check(sample)
         if checkpoint is None:
             stack.enter_context(sole_user(self.folder))
-        cached = None
-        if (cache := open_cache(config.train, adapter, checkpoint, stack)) is not None:
+        cached, caches = None, stack.enter_context(ExitStack())
+        if (cache := open_cache(config.train, adapter, checkpoint, caches)) is not None:
             cached = CachedExamples(cache, objective, batches, config, self.device)
             cached.prepare(start, self.console)
         self.open_folder(checkpoint, adapter)
@@ -150,8 +153,12 @@ class _Run(Session[FinetuneConfig]):
         if config.eval.keep_best and best.step is not None and best.step != step:
             kept = best.step
             say(self.console, f"the best step was {kept} of {step}; going back to it")
-            del optimizer, objective
-            model, adapter = self._go_back(saver.path(kept))
+            path = saver.path(kept)
+            caches.close()
+            # There may be no room for two models: nothing may hold this one when that one comes.
+            del model, adapter, optimizer, objective, cached, cache, saver
+            gc.collect()
+            model, adapter = self._go_back(path)
         return self._finish(model, adapter, log, step, kept)
 
     # -- stages --------------------------------------------------------------------------------

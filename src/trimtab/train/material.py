@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from trimtab.config import DTYPES, Misfit, given
+from trimtab.config import DTYPES, Misfit
 from trimtab.errors import CannotSave, ConfigError, DataError
 from trimtab.finetuneconfig import ExamplesConfig, FinetuneConfig, ScoreConfig
 from trimtab.loadconfig import unused_settings
@@ -27,6 +27,7 @@ from trimtab.models.taskmodel import (
     task_tokenizer,
 )
 from trimtab.naming import named
+from trimtab.settings import given
 from trimtab.tasks.base import Example, Labelled, Loaded, Task
 from trimtab.tasks.batches import Collate, ExampleBatches, LayCausal, PadHead, PadPairs
 from trimtab.tasks.encode import Encoder, Reading

@@ -10,15 +10,16 @@ from typing import Any
 import yaml
 from torch import nn
 
-from trimtab.config import DTYPES, given
+from trimtab.config import DTYPES
 from trimtab.errors import CheckpointError, ConfigError
 from trimtab.finetuneconfig import FinetuneConfig, ScoreConfig, TaskEvalConfig, is_finetuning
 from trimtab.loadconfig import load_tree
 from trimtab.methods.base import Method
 from trimtab.methods.folder import read_adapter_folder
 from trimtab.methods.registry import load_adapter, method_of
-from trimtab.models.taskmodel import build_task_model, head_settings
+from trimtab.models.taskmodel import LABELS, build_task_model, head_settings
 from trimtab.naming import named
+from trimtab.settings import given
 from trimtab.tasks.base import Loaded
 from trimtab.tasks.encode import Encoder, Reading
 from trimtab.tasks.files import FileTask
@@ -28,8 +29,6 @@ from trimtab.train.objective import Objective
 from trimtab.train.scoring import Scorer, Scores
 from trimtab.train.session import device_of
 
-#: Beside an adapter with a head: the names of its classes, in the order of their numbers.
-LABELS = "labels.json"
 #: What of `eval` decides about a training alone.
 _OF_TRAINING = ("every", "patience", "keep_best")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -26,6 +26,7 @@ from trimtab.report.page import write_report
 from trimtab.report.spectrum import update_spectrum
 from trimtab.report.start import write_start
 from trimtab.train import randomstate
+from trimtab.train.asbuilt import AsBuilt
 from trimtab.train.checkpoint import Checkpoint, Checkpointer, newest
 from trimtab.train.evaluate import EvalResult
 from trimtab.train.folder import begin_anew, refuse_used_folder, replace_text, sole_user, way_on
@@ -143,6 +144,9 @@ def say(console: Console, text: str) -> None:
 class Session(Generic[Config]):
     """The parts of one run that more than one of its stages needs."""
 
+    #: Whether a run that goes on builds the model that it began with again, so that its files need no copy of it.
+    rebuilds: ClassVar[bool] = False
+
     config: Config
     folder: Path
     console: Console
@@ -152,6 +156,7 @@ class Session(Generic[Config]):
     def __post_init__(self) -> None:
         self.device = device_of(self.config.device)
         self.dtype = DTYPES[self.config.dtype]
+        self.built: AsBuilt | None = None
 
     def attach(self, model: Any, method: Method, checkpoint: Checkpoint | None) -> tuple[Adapter, Optimizer]:
         """Put the method on the model and build its optimizer, both as the checkpoint has them."""
@@ -159,7 +164,9 @@ class Session(Generic[Config]):
         self.phases = predict_phases(model, method, config.optim, dtype=self.dtype, pure=config.pure)
         for caution in config.cautions():
             say(self.console, f"warning: {caution}")
-        adapter = attach(model.to(self.device), method, dtype=self.dtype, pure=config.pure)
+        model.to(self.device)
+        self.built = AsBuilt(model)
+        adapter = attach(model, method, dtype=self.dtype, pure=config.pure)
         adapter.restarts(config.total_steps, config.schedule.rewarm_steps)
         if checkpoint:
             checkpoint.load_model(model, adapter)
@@ -180,7 +187,7 @@ class Session(Generic[Config]):
             raise CheckpointError(
                 f"the run folder {self.folder} cannot be written: {error.strerror or error}; choose another out=FOLDER"
             ) from error
-        if checkpoint is None:
+        if checkpoint is None and not self._has_start(adapter):
             write_start(self.folder / "start.safetensors", adapter.effective_weights())
         self.show_phases()
 
@@ -216,6 +223,7 @@ class Session(Generic[Config]):
             extra=extra,
             damaged=self.damaged,
             last=checkpoint.path if checkpoint else None,
+            built=self.built if self.rebuilds else None,
         )
 
     def train(self, checkpoint: Checkpoint | None, log: RunLog, **parts: Any) -> tuple[int, StopSignals]:
@@ -275,7 +283,7 @@ class Session(Generic[Config]):
         """Write the spectrum of the update since the start, where that can be done."""
         try:
             update_spectrum(
-                self.folder / "start.safetensors",
+                adapter.base_weights() if self._has_start(adapter) else self.folder / "start.safetensors",
                 adapter.effective_weights(),
                 rank=adapter.config.update_rank,
                 restarts=len(self.config.restarts()),
@@ -283,6 +291,14 @@ class Session(Generic[Config]):
             ).save(self.folder / "spectrum.json")
         except TrimtabError as error:  # a side file; the model must not wait for it
             say(self.console, f"the spectrum of the update cannot be shown: {error}")
+
+    def _has_start(self, adapter: Adapter) -> bool:
+        """Whether the matrices at attach need no file: the base has them, as its source gave them, to the end."""
+        if not self.rebuilds or self.built is None or self.config.restarts() or adapter.config.switch_step:
+            return False
+        known = dict(adapter.model.named_parameters(remove_duplicate=False))
+        frozen = (known.get(name) for name in adapter.updated())
+        return all(tensor is not None and not tensor.requires_grad and tensor in self.built for tensor in frozen)
 
     def opening(self, start: int) -> dict[str, Any]:
         return {

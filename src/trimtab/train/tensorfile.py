@@ -84,7 +84,7 @@ def stream_tensors(
             tensor = value(name)
             if (tensor.dtype, tuple(tensor.shape)) != kinds[name]:
                 raise AssertionError(f"{name} came as {tensor.dtype} {tuple(tensor.shape)}, not as {kinds[name]}")
-            raw = _raw_bytes(tensor)
+            raw = raw_bytes(tensor)
             digest.update(raw)
             file.write(raw)
             del tensor, raw  # else it would stay while the next one is made
@@ -93,7 +93,7 @@ def stream_tensors(
     return digest.hexdigest()
 
 
-def _raw_bytes(tensor: Tensor) -> Any:
+def raw_bytes(tensor: Tensor) -> Any:
     """The tensor's bytes in row-major order; a view where it lies so on the CPU already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
