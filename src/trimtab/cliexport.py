@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from trimtab.clierrors import one_line_errors
 from trimtab.errors import ConfigError
-from trimtab.report.words import many
+from trimtab.words import many
 
 if TYPE_CHECKING:
     from trimtab.export.delta import DeltaReport
@@ -242,7 +242,7 @@ def _show(report: DeltaReport, update: Update, out: Path) -> None:
     from rich.table import Table
 
     from trimtab.report.spectrum import matrix_types
-    from trimtab.report.words import short
+    from trimtab.words import short
 
     kinds = matrix_types([layer.name for layer in report.layers])
     table = Table(box=None, pad_edge=False)

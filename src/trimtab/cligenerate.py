@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 from trimtab.clierrors import one_line_errors
 from trimtab.cliparts import interrupted
 from trimtab.errors import ConfigError, TrimtabError
-from trimtab.report.words import many
+from trimtab.words import many
 
 if TYPE_CHECKING:
     from trimtab.generate import Asked, Generator, Prompt, Sampling

@@ -58,6 +58,19 @@ def test_a_run_is_asked_as_it_was_scored(family: str, name: str, save: str, plac
         assert answer.text.strip() == row["answer"], row
 
 
+@pytest.mark.parametrize("save", ["adapter", "merged"])
+@pytest.mark.parametrize("name", ["classification", "regression"])
+def test_a_run_with_a_head_writes_nothing(name: str, save: str, place: Path, tmp_path: Path) -> None:
+    """It is said before the base is taken for a model that lacks a head."""
+    labels = {"classification": "yes", "regression": 2.5}
+    rows = [{"text": text, "label": labels[name]} for text in sentences(8)] + [{"text": "other words", "label": "0"}]
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    task = {"name": name, "train": file, "validation": file}
+    folder = trained(place, tmp_path, "llama", task, "model.head=classes", "data.packing=false", f"save={save}")
+    with pytest.raises(ConfigError, match=r"^BASE: \S+/run is a run whose model has a head and writes nothing; score"):
+        open_generator(str(folder), device="cpu")
+
+
 def test_raw_gives_it_as_it_stands(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = {"name": "seq2seq", "train": str(place / "pairs.jsonl"), "prompt": "Say: {source}."}
     folder = str(trained(place, tmp_path, "llama", task))

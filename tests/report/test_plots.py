@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reportpage import Page, report
 
-from trimtab.report import words
+from trimtab import words
 from trimtab.report.plots import Axis, Series, chart, loss_range, smooth, thin
 
 

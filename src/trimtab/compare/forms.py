@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
+from trimtab import words
 from trimtab.bench.runner import markdown_table
 from trimtab.compare.plan import Plan, Run, settings_text
 from trimtab.compare.table import Comparison, Row, outcome_of, runs_of
-from trimtab.report import words
 from trimtab.report.figures import memory_name
 from trimtab.train.metrics import jsonable
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trimtab import words
 from trimtab.compare.forms import cells
 from trimtab.compare.plan import settings_text
 from trimtab.compare.table import Comparison, Row, outcome_of, runs_of
-from trimtab.report import words
 from trimtab.report.page import Link, data_table, document, says
 from trimtab.report.plots import Axis, Name, Series, chart
 from trimtab.report.runfolder import FloatArray

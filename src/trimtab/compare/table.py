@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from trimtab import words
 from trimtab.compare.outcome import Outcome, State
 from trimtab.compare.plan import Entry, Plan, Run
-from trimtab.report import words
 from trimtab.report.runfolder import Phase
 
 

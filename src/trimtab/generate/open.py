@@ -18,7 +18,7 @@ from trimtab.finetuneconfig import TaskModelConfig, is_finetuning
 from trimtab.generate.generator import Generator, Sampling
 from trimtab.methods.folder import CONFIG_FILE, read_adapter_folder
 from trimtab.models.load import load_for_generation, read_config
-from trimtab.models.taskmodel import LABELS, fitting_length, quantize_as, task_tokenizer
+from trimtab.models.taskmodel import fitting_length, quantize_as, reading_of, task_tokenizer
 from trimtab.quiet import quiet_libraries
 from trimtab.tasks.base import Task
 from trimtab.tasks.registry import parse_task
@@ -63,6 +63,9 @@ def open_generator(
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     with _named_base(base):
         hf = read_config(found.config.name)
+        task = found.task
+        if found.adapter is not None and task is not None and reading_of(found.config, hf, task.form) == "head":
+            raise _has_head(base)
         tokenizer = task_tokenizer(found.config, "save one in that folder (tokenizer.save_pretrained)")
         fitting_length(found.config, hf, tokenizer, None)
     if sampling is not None:
@@ -103,10 +106,8 @@ def find_base(base: str) -> Base:
         raise ConfigError(f"BASE: {folder / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
     model, adapter = folder / "model", folder / "adapter"
     if is_finetuning(tree):
-        if (adapter / LABELS).is_file() or _classifies(model):
-            raise ConfigError(
-                f"BASE: {base} is a run whose model classifies and writes nothing; score it: trimtab eval"
-            )
+        if _classifies(model):
+            raise _has_head(base)
         if (model / "config.json").is_file():  # merged, or trained in full
             return Base(TaskModelConfig(name=str(model)), task=_section(folder, tree, "task", parse_task))
         if adapter.is_dir():
@@ -116,6 +117,12 @@ def find_base(base: str) -> Base:
         return Base(TaskModelConfig(name=str(model)), adapter if adapter.is_dir() else None)
     raise ConfigError(
         f"BASE: {base} is a run that is not complete: it holds no model yet; go on with it by --resume {base}"
+    )
+
+
+def _has_head(base: str) -> ConfigError:
+    return ConfigError(
+        f"BASE: {base} is a run whose model has a head and writes nothing; score it: trimtab eval {base}"
     )
 
 

@@ -7,8 +7,8 @@ from html import escape
 
 import numpy as np
 
+from trimtab import words
 from trimtab.errors import ConfigError
-from trimtab.report import words
 from trimtab.report.plots import Axis, Level, Marks, Series, chart, histogram, loss_range, smooth
 from trimtab.report.runfolder import FloatArray, Phase, RunFolder
 from trimtab.report.spectrum import NEAR_ZERO, MatrixSpectrum, Spectrum

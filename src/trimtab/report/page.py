@@ -17,8 +17,9 @@ from statistics import median
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from trimtab import words
 from trimtab.errors import ReportError
-from trimtab.report import figures, taskscores, words
+from trimtab.report import figures, taskscores
 from trimtab.report.assets import SCRIPT, STYLE
 from trimtab.report.files import write_whole
 from trimtab.report.runfolder import Record, RunFolder, number, read_run

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from trimtab.report import words
+from trimtab import words
 from trimtab.report.runfolder import FloatArray
 
 #: Columns that a curve is thinned to; a page is some 1,000 pixels wide.

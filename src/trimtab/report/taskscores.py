@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.report import words
+from trimtab import words
 from trimtab.report.plots import Axis, Series, chart
 from trimtab.report.runfolder import Record, RunFolder, number
 

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimtab.errors import DataError
-from trimtab.report.words import many
 from trimtab.tasks.base import Chat, Example, Labelled, Plain, Written
 from trimtab.tasks.ragged import Ragged
+from trimtab.words import many
 
 #: How a model is given an example: see the head of this file.
 Reading = Literal["head", "causal", "pair"]

@@ -11,11 +11,11 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from trimtab.data.sources import is_validation
 from trimtab.errors import ConfigError, DataError
-from trimtab.report.words import many
 from trimtab.tasks import metrics
 from trimtab.tasks.base import Example, Labelled, Loaded, Task, Written
 from trimtab.tasks.rows import Layout, Row, Sources, read_rows, skippable, text_of, told
 from trimtab.tasks.words import check_template
+from trimtab.words import many
 
 _SHARE = 0.1
 

@@ -20,7 +20,6 @@ from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.methods.base import Adapter
 from trimtab.models.taskmodel import LABELS
 from trimtab.report.page import write_report
-from trimtab.report.words import many
 from trimtab.train.best import Best
 from trimtab.train.cached import open_cache
 from trimtab.train.cachedexamples import CachedExamples
@@ -30,6 +29,7 @@ from trimtab.train.material import Material, prepare
 from trimtab.train.metrics import RunLog, jsonable, require_tensorboard
 from trimtab.train.scoring import Scores
 from trimtab.train.session import RunResult, Session, begin, say
+from trimtab.words import many
 
 
 @dataclass(frozen=True)
