@@ -199,7 +199,7 @@ def pretrain(
 
         show(config, console)
         return 0
-    with told_if_interrupted(resume or config.out / config.name):
+    with told_if_interrupted(None):
         from trimtab.loadconfig import unused_settings
         from trimtab.train.run import pretrain as train
 
@@ -207,6 +207,7 @@ def pretrain(
             raise KeyboardInterrupt
         for note in unused_settings(config):
             console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    with told_if_interrupted(resume or config.out / config.name):
         return int(train(config, resume=resume, console=console).exit_status)
 
 

@@ -123,11 +123,11 @@ def finetune(
         from trimtab.loadconfig import load_tree
 
         config = load_tree(FinetuneConfig, path, overrides)
-    with told_if_interrupted(resume or config.out / config.name):
         from trimtab.train.finetune import finetune as train
 
         if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
             raise KeyboardInterrupt
+    with told_if_interrupted(resume or config.out / config.name):
         return int(train(config, resume=resume, console=open_console()).exit_status)
 
 

@@ -141,7 +141,7 @@ def told_if_interrupted(folder: Path | None) -> Iterator[None]:
             raise KeyboardInterrupt("interrupted; nothing was done") from stop
         from trimtab.train.folder import way_on
 
-        raise KeyboardInterrupt(f"interrupted; {way_on(folder)}") from stop
+        raise KeyboardInterrupt(f"interrupted{way_on(folder)}") from stop
 
 
 #: Signals that came before the training took them over.

@@ -162,6 +162,26 @@ def test_what_a_user_can_mend_is_told_from_a_fault(
     assert (ended.status, ended.err) == (status, words)
 
 
+def test_nobody_is_told_to_remove_what_no_run_has_left(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of somebody's under the run's name, or behind --resume; or none at all."""
+    (project / "runs" / "small").mkdir(parents=True)
+    (project / "runs" / "small" / "thesis.tex").write_text("a year of work")
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trimtab.train.run.pretrain", stop)
+        assert run(capsys, "pretrain", "run.yaml").err == "trimtab: interrupted\n"
+    said = run(capsys, "pretrain", "run.yaml", "--resume", "runs/small").err
+    assert said == "trimtab: --resume runs/small: there is no checkpoint in it; leave --resume out\n"
+    assert run(capsys, "pretrain", "run.yaml", "--resume", "runs/smal").err == (
+        "trimtab: --resume runs/smal: there is no such folder\n"
+    )
+
+
 def test_an_interrupted_run_says_how_to_go_on(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,7 +90,7 @@ class _Run(Session[FinetuneConfig]):
         model = material.model()
         for fault in material.faults:
             say(self.console, f"note: data.packing has no effect on {type(model).__name__}: {fault}")
-        adapter, optimizer = self.attach(model, material.method, checkpoint)
+        adapter, optimizer = self.attach(model, material.method, checkpoint, material.drawn)
         objective = material.objective(model)
         sample = next(iter(batches.batch(start).split(1))).to(self.device)
         objective.check(sample)
@@ -168,7 +168,7 @@ class _Run(Session[FinetuneConfig]):
         checkpoint = load(path)
         phases = self.phases
         model = self.material.model()
-        adapter, _ = self.attach(model, self.material.method, checkpoint)
+        adapter, _ = self.attach(model, self.material.method, checkpoint, self.material.drawn)
         self.phases = phases
         return model, adapter
 

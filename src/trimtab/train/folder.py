@@ -37,28 +37,32 @@ def refuse_used_folder(folder: Path) -> None:
 
 
 def _way_out(folder: Path) -> str:
-    if folder.is_file():
-        return ""
-    if _resumable(folder):
+    if folder.is_dir() and _resumable(folder):
         return f"continue that run with --resume {folder}, or "
-    # Only of what a run has left is it said how to remove it: anything else may be somebody's.
-    if {"config.yaml", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}:
-        return f"it has no checkpoint, so remove it (rm -r {shlex.quote(str(folder))}), or "
-    return ""
+    return f"it has no checkpoint, so remove it ({_remove(folder)}), or " if _is_run(folder) else ""
 
 
 def way_on(folder: Path) -> str:
-    """What to type after a run has broken off: to go on with it, or to begin it anew under its name."""
+    """What to type after a run has broken off, to go on with it or to begin it anew: "; ...", or nothing."""
     if _resumable(folder):
-        return f"the run goes on from its newest checkpoint with --resume {folder} and what you change"
+        return f"; the run goes on from its newest checkpoint with --resume {folder} and what you change"
     return begin_anew(folder)
 
 
 def begin_anew(folder: Path) -> str:
-    """What to do for the run in a folder, if there is one, to begin again under its name."""
+    """What to do for the run in a folder, if there is one, to begin again under its name: "; ...", or nothing."""
     if not folder.is_dir() or _never_began(folder):
-        return "no step was taken, so that the run can begin anew under its name"
-    return f"to begin anew under this name, remove what it left: rm -r {shlex.quote(str(folder))}"
+        return "; no step was taken, so that the run can begin anew under its name"
+    return f"; to begin anew under this name, remove what it left: {_remove(folder)}" if _is_run(folder) else ""
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run has left what is there. Only of that it is said how to remove it: anything else is somebody's."""
+    return folder.is_dir() and {"config.yaml", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
+
+
+def _remove(folder: Path) -> str:
+    return f"rm -r {shlex.quote(str(folder))}"
 
 
 def _resumable(folder: Path) -> bool:

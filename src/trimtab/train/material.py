@@ -56,6 +56,7 @@ class Material:
         scorer: of the other splits.
         notes: what a user should know, one sentence each.
         faults: why examples are not packed that were to be; known once there is a model.
+        drawn: parameters that the checkpoint does not have; known once there is a model.
         exact: tensors of the model that are held in all their bits, those that train; None is all of them, for a method
             that writes into the others later.
     """
@@ -70,6 +71,7 @@ class Material:
     scorer: Scorer
     notes: list[str]
     faults: list[str] = field(default_factory=list)
+    drawn: list[str] = field(default_factory=list)
     exact: frozenset[str] | None = None
 
     def model(self) -> Any:
@@ -80,7 +82,7 @@ class Material:
         """
         config, dtype = self.config, DTYPES[self.config.dtype]
         randomstate.seed_all(config.seed)
-        model, _ = build_task_model(config.model, self.reading, self.settings, config.seed, dtype)
+        model, self.drawn[:] = build_task_model(config.model, self.reading, self.settings, config.seed, dtype)
         self._keep_apart(model)
         if self.exact is not None:
             for name, parameter in model.named_parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,9 +79,10 @@ def find_checkpoint(folder: Path, console: Console) -> tuple[Checkpoint, frozens
 
     found = newest(folder / "checkpoints", pass_over)
     if found is None:
+        if not folder.is_dir():
+            raise CheckpointError(f"--resume {folder}: there is no such folder")
         raise CheckpointError(
-            f"--resume {folder}: there is no {'whole ' if damaged else ''}checkpoint in it; leave --resume out; "
-            f"{begin_anew(folder)}"
+            f"--resume {folder}: there is no checkpoint in it; leave --resume out{begin_anew(folder)}"
         )
     return found, frozenset(damaged)
 
@@ -158,15 +159,21 @@ class Session(Generic[Config]):
         self.dtype = DTYPES[self.config.dtype]
         self.built: AsBuilt | None = None
 
-    def attach(self, model: Any, method: Method, checkpoint: Checkpoint | None) -> tuple[Adapter, Optimizer]:
-        """Put the method on the model and build its optimizer, both as the checkpoint has them."""
+    def attach(
+        self, model: Any, method: Method, checkpoint: Checkpoint | None, drawn: Collection[str] = ()
+    ) -> tuple[Adapter, Optimizer]:
+        """Put the method on the model and build its optimizer, both as the checkpoint has them.
+
+        `drawn` are the names of what the model's source does not have.
+        """
         config = self.config
         self.phases = predict_phases(model, method, config.optim, dtype=self.dtype, pure=config.pure)
         for caution in config.cautions():
             say(self.console, f"warning: {caution}")
         model.to(self.device)
-        self.built = AsBuilt(model)
+        self.built = AsBuilt(model, drawn) if self.rebuilds else None
         adapter = attach(model, method, dtype=self.dtype, pure=config.pure)
+        self._forget_trained(model)
         adapter.restarts(config.total_steps, config.schedule.rewarm_steps)
         if checkpoint:
             checkpoint.load_model(model, adapter)
@@ -223,7 +230,7 @@ class Session(Generic[Config]):
             extra=extra,
             damaged=self.damaged,
             last=checkpoint.path if checkpoint else None,
-            built=self.built if self.rebuilds else None,
+            built=self.built,
         )
 
     def train(self, checkpoint: Checkpoint | None, log: RunLog, **parts: Any) -> tuple[int, StopSignals]:
@@ -265,7 +272,7 @@ class Session(Generic[Config]):
                     start,
                 )
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; {way_on(self.folder)}") from error
+            raise NonFiniteError(f"{error}{way_on(self.folder)}") from error
         return step, signals
 
     def stopped(self, step: int, signals: StopSignals, log: RunLog) -> RunResult:
@@ -292,13 +299,17 @@ class Session(Generic[Config]):
         except TrimtabError as error:  # a side file; the model must not wait for it
             say(self.console, f"the spectrum of the update cannot be shown: {error}")
 
+    def _forget_trained(self, model: Any) -> None:
+        if self.built is not None:
+            self.built.forget_trained(model)
+
     def _has_start(self, adapter: Adapter) -> bool:
         """Whether the matrices at attach need no file: the base has them, as its source gave them, to the end."""
-        if not self.rebuilds or self.built is None or self.config.restarts() or adapter.config.switch_step:
+        if self.built is None or self.config.restarts() or adapter.config.switch_step:
             return False
         known = dict(adapter.model.named_parameters(remove_duplicate=False))
         frozen = (known.get(name) for name in adapter.updated())
-        return all(tensor is not None and not tensor.requires_grad and tensor in self.built for tensor in frozen)
+        return all(tensor is not None and tensor in self.built for tensor in frozen)
 
     def opening(self, start: int) -> dict[str, Any]:
         return {
@@ -312,6 +323,7 @@ class Session(Generic[Config]):
 
     def phase_changed(self, adapter: Adapter, step: int) -> None:
         """The trained set is another one: what was derived from the old set is made anew."""
+        self._forget_trained(adapter.model)
         write_start(self.folder / "start.safetensors", adapter.effective_weights())
         label = next((row["phase"] for row in self.phases if row["from_step"] == step), "training")
         row = phase_row(adapter, self.config.optim, label, step)
