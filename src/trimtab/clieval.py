@@ -93,7 +93,8 @@ def evaluate(
             raise ConfigError(f"--text {text}: is a folder; give a file")
         if not text.is_file():
             raise ConfigError(f"--text {text}: there is no such file")
-        extra.append(_language(str(text)))
+        # Figures of runs and of bare models can be compared only if they read pieces of one length.
+        extra += [_language(str(text)), "data.seq_len=null"]
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}")
     if out is not None and out.is_dir():
@@ -166,9 +167,9 @@ def _config(subject: str, overrides: list[str]) -> ScoreConfig:
     elif (folder / "comparison.json").is_file():
         raise ConfigError(f"{subject} is a comparison; its scores are in comparison.md, its runs in the folders below")
     elif not any(word.partition("=")[0].split(".")[0] == "task" for word in overrides):
+        what = "is no fine-tuning run, so it" if folder.exists() else "is no folder here, and a model of the hub"
         raise ConfigError(
-            f"{subject} is no fine-tuning run, so it has no task; give one, such as "
-            "'task={name: glue, subset: sst2}', or --text FILE"
+            f"{subject} {what} has no task; give one, such as 'task={{name: glue, subset: sst2}}', or --text FILE"
         )
     config = load_tree(ScoreConfig, None, overrides, start)
     if "task" in start:

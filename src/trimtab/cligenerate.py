@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -201,7 +203,10 @@ def generate(
         raise ConfigError(f"{' and '.join(words)} exclude each other; give one of them")
     talk = not words
     if talk and not sys.stdin.isatty():
-        raise ConfigError("a chat needs a terminal; give --prompt TEXT, --file F, or - to read one from standard input")
+        raise ConfigError(
+            "a chat needs a terminal; give --prompt TEXT, --file F, - for one prompt from standard input, or --file - "
+            "for one a line"
+        )
     if talk and out is not None:
         raise ConfigError("--out is for the answers to --prompt, --file or -")
     folders = _named_folders(adapter or [])
@@ -209,15 +214,16 @@ def generate(
         raise ConfigError("several adapters are for a chat, where /adapter NAME switches; answer prompts with one")
     from trimtab.generate import Sampling, find_base, open_generator, read_prompts
 
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        beams=beams,
-        seed=seed,
-    )
+    with _as_options():
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            beams=beams,
+            seed=seed,
+        )
     task = find_base(base).task
     prompts = (
         read_prompts(file, task.asked_columns if task else ())
@@ -226,7 +232,8 @@ def generate(
     )
     if out is not None:
         _check_new(out)
-    generator = open_generator(base, folders, dtype=_torch_dtype(dtype), device=device, raw=raw, sampling=sampling)
+    with _as_options():
+        generator = open_generator(base, folders, dtype=_torch_dtype(dtype), device=device, raw=raw, sampling=sampling)
     if interrupted:  # a Ctrl-C during the imports can get lost in a callback of theirs
         raise KeyboardInterrupt
     if talk:
@@ -242,6 +249,22 @@ def generate(
     else:
         _write_all(generator, sampling, asked, chat, out)
     return 0
+
+
+@contextlib.contextmanager
+def _as_options() -> Iterator[None]:
+    """Within, errors name the options of this command, where the library speaks of its settings."""
+    from trimtab.generate import Sampling
+
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    # Those of one word are settings only where they have a value.
+    unmistakable = "|".join(name for name in names if "_" in name)
+    setting = rf"(?<![\w/.-])(?:(?:{'|'.join(names)})(?= = )|(?:{unmistakable})(?![\w/.-]))"
+    try:
+        yield
+    except ConfigError as error:
+        text = re.sub(setting, lambda found: f"--{found[0].replace('_', '-')}", str(error))
+        raise ConfigError(text) from error
 
 
 def _check_new(out: Path) -> None:

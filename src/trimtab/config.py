@@ -238,6 +238,10 @@ class RunConfig(Settings, abc.ABC):
             return [f"pure = true holds what trains in {self.dtype}, too: small updates are rounded away and lost"]
         return []
 
+    def places(self) -> tuple[str, ...]:
+        """Settings that say where something lies, which a run that goes on may find elsewhere: it is known again."""
+        return ("train.cache_hidden",)
+
     def own_unused(self) -> list[str]:
         """Of the settings that runs of this kind alone have: those that were given and have no effect, a line each."""
         return []

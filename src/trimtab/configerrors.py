@@ -134,8 +134,8 @@ def _explain_named(what: str, section: Any, text: str) -> tuple[Key, int, str, K
             return (what, led[0]), 1, in_section(what, kind, led[1]), None
         return (what,), 1, in_section(what, kind, text), None
     near = _nearest(str(section["name"]), names)
-    hint = f"did you mean {near}? " if near else ""
-    said = f"no {what} is called {shown(section['name'])}; {hint}The {what}s are {', '.join(names)}"
+    hint = f"did you mean {near}? The" if near else "the"
+    said = f"no {what} is called {shown(section['name'])}; {hint} {what}s are {', '.join(names)}"
     return (what, "name"), 1, said, None
 
 

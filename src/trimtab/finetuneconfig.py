@@ -173,6 +173,11 @@ class FinetuneConfig(RunConfig):
             self.check_method()
         return self
 
+    def places(self) -> tuple[str, ...]:
+        """Its model's and its task's, too: the base, its configuration and all tokens are compared."""
+        of_task = (f"task.{key}" for key in self.task.places)
+        return (*super().places(), "model.name", "model.tokenizer", *of_task)
+
     def own_unused(self) -> list[str]:
         return unused_storage(self.train)
 

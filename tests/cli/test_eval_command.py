@@ -105,6 +105,25 @@ def test_the_perplexity_of_a_text_is_that_of_transformers(place: Path, tmp_path:
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
+def test_a_text_is_read_in_pieces_of_one_length_by_all(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was trained on shorter ones, and its base with its adapter."""
+    text = str(place / "text.txt")
+    task = json.dumps({"name": "language", "train": text, "validation": text})
+    words = [f"model.name={place}/llama", f"task={task}", "method={name: lora}", "train.steps=2", "data.seq_len=16"]
+    assert call("finetune", *words, "dtype=fp32", f"out={tmp_path}", "name=run") == 0
+    found = []
+    for subject in (["eval", f"{tmp_path}/run"], ["eval", f"{place}/llama", "--adapter", f"{tmp_path}/run/adapter"]):
+        for more in ([], ["data.seq_len=16"]):
+            out = tmp_path / "scores.json"
+            capsys.readouterr()
+            assert call(*subject, "--text", text, "dtype=fp32", "--out", str(out), *more) == 0
+            assert f"texts are read in pieces of at most {16 if more else 256} tokens" in capsys.readouterr().out
+            found.append(next(iter(json.loads(out.read_text()).values()))["loss"])
+    assert found[0] == found[2] != found[1] == found[3]
+
+
 def test_a_text_is_one_whatever_the_file_is_called(place: Path, tmp_path: Path) -> None:
     """Rows are read as rows, and what is packed is no text."""
     text = (place / "text.txt").read_text()
@@ -125,7 +144,9 @@ def test_a_text_is_one_whatever_the_file_is_called(place: Path, tmp_path: Path) 
         ([], "no model is given"),
         (["PLACE/llama", "--text", "PLACE/text.gz"], "trimtab: --text: 'PLACE/text.gz' is no file of a known kind"),
         (["PLACE/llama", "--text", "PLACE/bytes"], "bytes: not UTF-8 at byte 2"),
-        (["PLACE/llama"], "it has no task"),
+        (["PLACE/llama"], "is no fine-tuning run, so it has no task"),
+        (["PLACE/lama"], "PLACE/lama: there is no such folder"),
+        (["runs/lama"], "runs/lama is no folder here, and a model of the hub has no task; give one, such as"),
         (["PLACE/llama", "--text", "nowhere.txt"], "there is no such file"),
         (["PLACE/llama", "--text", "PLACE"], "trimtab: --text PLACE: is a folder; give a file"),
         (["PLACE/llama", "--text", "PLACE/text.txt", "task={name: glue}"], "in place of a task"),

@@ -148,7 +148,7 @@ def test_a_name_that_is_almost_a_preset_is_not_asked_of_a_hub(name: str, monkeyp
 def test_a_hub_that_cannot_be_reached_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Offline, a name that is no preset and no folder gives one line, and nothing else is printed."""
     config = ModelConfig(name="nobody/nothing")
-    with pytest.raises(ConfigError, match="neither a preset nor a folder, and the hub cannot be reached"):
+    with pytest.raises(ConfigError, match="is no folder here, and the hub cannot be reached"):
         shadow_model(config, vocab_size=8, seq_len=4, offline=True)
     assert capsys.readouterr() == ("", "")
 

@@ -174,6 +174,10 @@ def test_what_cannot_be_trained_on(tmp_path: Path) -> None:
         Regression(train=same, validation_share=0.0001).load()
     with pytest.raises(DataError, match=r"its 2 rows none is left for train \(task\.validation_share = 0\.9999"):
         Regression(train=same, validation_share=0.9999).load()
+    rows = [{"text": f"text {n}", "label": "1" if n else "0"} for n in range(40)]
+    hint = r"there is nothing to tell apart; raise task.max_train = 2, or leave it out$"
+    with pytest.raises(DataError, match=rf"^task\.train: all 2 rows that are trained on are labelled '1'; {hint}"):
+        Classification(train=jsonl(tmp_path / "drawn.jsonl", rows), max_train=2).load()
 
 
 @pytest.mark.parametrize(

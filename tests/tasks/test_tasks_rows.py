@@ -146,7 +146,7 @@ def test_a_bad_row_is_named_or_passed_over_and_counted(case: str, tmp_path: Path
 WRONG: dict[str, tuple[str, bytes, str]] = {
     "a column that no row has": ("a.jsonl", b'{"txt": 1}\n{"txt": 2}\n', r"a\.jsonl:1: no column 'text'.*mean 'txt'"),
     "a column that no table has": ("a.csv", b"txt\n1\n", r"a\.csv:1: no column 'text'; the columns are 'txt'"),
-    "an empty table": ("a.csv", b"", r"a\.csv: is empty, or its first line is: the names"),
+    "an empty table": ("a.csv", b"", r"a\.csv: its first line, where the names of the columns stand, is empty"),
     "a column that stands twice": ("a.csv", b"text,b,text\n1,2,3\n", r"a\.csv:1: two columns are called 'text'"),
     "a quote that stays open": ("a.csv", b'text\nx\n"y\nz\n', r"a\.csv:3: a double quote that opens .* never closed"),
     "lines named as an array": ("a.json", b'{"text": 1}\n{"text": 2}', r"a\.json: is not JSON .* named \.jsonl"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from finetune_parts import config as told
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trimtab.errors import CheckpointError
+from trimtab.errors import CheckpointError, ConfigError, DataError
 from trimtab.nn.nf4layer import DOUBLE_SCALES
 from trimtab.report.spectrum import Spectrum
 from trimtab.train import finetune as finetuning
@@ -139,11 +140,39 @@ def test_full_training_stores_each_tensor_once(place: Path, tmp_path: Path) -> N
     assert len(load_file(checkpoint / "adapter.safetensors")) >= len(load_file(place / "bert" / "model.safetensors"))
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_and_rows_that_were_moved_are_known_again(method: str, place: Path, tmp_path: Path) -> None:
+    """The run that goes on elsewhere has the numbers of one that stayed; another configuration is refused."""
+    whole = run(place, tmp_path / "whole", "bert", labelled(place), method, train__steps=14, eval__every=50)
+    for name in ("bert", "labelled.jsonl", "held-out.jsonl"):
+        (shutil.copytree if name == "bert" else shutil.copy)(place / name, tmp_path / name)
+    run(tmp_path, tmp_path, "bert", labelled(tmp_path), method, **STEPS)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("bert", "labelled.jsonl", "held-out.jsonl"):
+        (tmp_path / name).rename(moved / name)
+    rows = [f"task.{key}={value}" for key, value in labelled(moved).items() if key != "name"]
+    config = moved / "bert" / "config.json"
+    right = config.read_text()
+    config.write_text(right.replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-06'))
+    with pytest.raises(
+        ConfigError, match=r"^model.name = \S+/moved/bert: its config.json is not that of \S+/bert, with"
+    ):
+        again(tmp_path / "run", f"model.name={moved / 'bert'}", *rows)
+    config.write_text(right)
+    (moved / "labelled.jsonl").write_text((moved / "labelled.jsonl").read_text().replace("a", "o", 1))
+    with pytest.raises(DataError, match="the examples of the task are not those"):
+        again(tmp_path / "run", f"model.name={moved / 'bert'}", *rows)
+    shutil.copy(place / "labelled.jsonl", moved / "labelled.jsonl")
+    with pytest.raises(ConfigError, match=r"^task.max_eval: the run was computed with"):
+        again(tmp_path / "run", f"model.name={moved / 'bert'}", *rows, "task.max_eval=3")
+    done = again(tmp_path / "run", f"model.name={moved / 'bert'}", *rows)
+    assert done.scores == whole.scores
+
+
 def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
     """A model folder that has changed since, by one number in one tensor."""
-    from shutil import copytree
-
-    copytree(place / "bert", tmp_path / "bert")
+    shutil.copytree(place / "bert", tmp_path / "bert")
     run(tmp_path, tmp_path, "bert", labelled(place), "lora", **STEPS)
     weights = load_file(tmp_path / "bert" / "model.safetensors")
     name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))

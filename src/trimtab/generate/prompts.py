@@ -37,8 +37,11 @@ def read_prompts(file: str, columns: Sequence[str] = ()) -> list[Prompt]:
     """
     if file == "-":
         found = _lines(sys.stdin.buffer.read(), "standard input")
-    elif Path(file).name.lower().endswith(".txt"):
-        with opening(file), open(Path(file).expanduser(), "rb") as opened:
+    elif not (path := Path(file).expanduser()).is_file():
+        what = "is a folder; give a file" if path.is_dir() else "there is no such file"
+        raise DataError(f"{_SETTING} {file}: {what}")
+    elif path.name.lower().endswith(".txt"):
+        with opening(file), open(path, "rb") as opened:
             data = opened.read()
         found = _lines(data, file)
     else:
@@ -60,6 +63,10 @@ def _lines(data: bytes, name: str) -> list[Prompt]:
     return found
 
 
+def _or(columns: Sequence[str]) -> str:
+    return "".join(f", or {name}" for name in columns if name != "prompt")
+
+
 def _rows(file: str, columns: Sequence[str]) -> list[Prompt]:
     found = []
     for row in read_rows(file, _SETTING).rows:
@@ -69,6 +76,7 @@ def _rows(file: str, columns: Sequence[str]) -> list[Prompt]:
         elif own is not None or "prompt" in row.values:
             asked = text_of(row, own or "prompt", _SETTING)
         else:
-            raise no_column(f"{_SETTING}: {row.where}", [*columns, "prompt"][0], row.values)
+            lacking = no_column(f"{_SETTING}: {row.where}", [*columns, "prompt"][0], row.values)
+            raise DataError(f"{lacking} (the column of the prompts is called prompt{_or(columns)})")
         found.append(Prompt(row.where, asked))
     return found

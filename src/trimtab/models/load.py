@@ -269,12 +269,10 @@ def _unreadable(name: str, folder: Path, error: Exception) -> ConfigError:
         return ConfigError(f"model.name: the folder {name} cannot be read: {_first_line(error)}")
     if "offline" in text.lower() or "connect" in text.lower() or "cached" in text.lower():
         return ConfigError(
-            f"model.name: {name} is neither a preset nor a folder, and the hub cannot be reached; "
-            "give a local folder, or go online once"
+            f"model.name: {name} is no folder here, and the hub cannot be reached; give a local "
+            "folder, or go online once"
         )
-    return ConfigError(
-        f"model.name: {name} is neither a preset nor a folder, and the hub does not give it: {_first_line(error)}"
-    )
+    return ConfigError(f"model.name: {name} is no folder here, and the hub does not give it: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

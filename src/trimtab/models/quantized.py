@@ -203,7 +203,7 @@ def _plain_config(path: str | Path) -> Any:
     try:
         return read_config(str(path))
     except ConfigError as error:
-        text = str(error).removeprefix("model.name: ").replace("neither a preset nor a folder", "no folder")
+        text = str(error).removeprefix("model.name: ")
         if text.startswith("no preset"):
             text = f"there is no folder {path}, and a name on the hub is owner/name"
         raise ConfigError(f"load_quantized: {text}") from None

@@ -7,8 +7,8 @@ of the three (4e-7 of the largest).
 
 Where a bound on the rank is known and small, as with LoRA, dW is first projected on the range of dW times a few random
 vectors more than the bound (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.1), which holds all of it;
-what is left out is measured, and if it is not negligible the whole is computed. The rest of the values are zero then. A
-4096 x 4096 matrix and a bound of 8 take 0.38 s so, against 6.7 s.
+what is left out is measured, and if it is not negligible the whole is computed. The rest of the values are zero then.
+Two products with some more columns than the bound take the place of a Gram matrix and its eigenvalues.
 """
 
 from __future__ import annotations

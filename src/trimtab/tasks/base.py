@@ -157,6 +157,11 @@ class Task(Settings, abc.ABC):
         return ()
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """Settings that say no more than where the rows lie."""
+        return ()
+
+    @property
     def system_prompt(self) -> str | None:
         """The system prompt that `load` gives to chats that bring none."""
         return None

@@ -15,6 +15,7 @@ from trimtab.tasks.base import Example, Form, Labelled, Prediction
 from trimtab.tasks.files import Item, LabelledFileTask
 from trimtab.tasks.rows import Row
 from trimtab.tasks.words import class_of
+from trimtab.words import many
 
 
 class Classification(LabelledFileTask):
@@ -78,9 +79,10 @@ class Classification(LabelledFileTask):
             return []
         trained = {item.value.label for item in splits["train"]}
         if len(trained) == 1:
+            more = "" if self.max_train is None else f"; raise task.max_train = {self.max_train}, or leave it out"
             raise DataError(
-                f"task.train: all {len(splits['train'])} rows that are trained on are labelled {trained.pop()!r}; "
-                "there is nothing to tell apart"
+                f"task.train: all {many(len(splits['train']), 'row')} that are trained on are labelled "
+                f"{trained.pop()!r}; there is nothing to tell apart{more}"
             )
         absent = [name for name in labels if name not in trained]
         return [f"no row that is trained on is labelled {', '.join(map(repr, absent))}"] if absent else []

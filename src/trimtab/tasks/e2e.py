@@ -122,6 +122,10 @@ class E2E(Task):
         return score_generated(texts, references, meteor_jar=self.meteor_jar, tokenizer_jar=self.tokenizer_jar)
 
     @property
+    def places(self) -> tuple[str, ...]:
+        return ("folder",)
+
+    @property
     def asked_columns(self) -> tuple[str, ...]:
         """The attributes, as the official files and the hub call them."""
         return _FILE_COLUMNS[0], _HUB_COLUMNS[0]

@@ -56,6 +56,10 @@ class FileTask(Task):
     delimiter: str | None = None
     quotes: bool = True
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        return "train", "validation", "test"
+
     @field_validator("delimiter")
     @classmethod
     def _one_character(cls, value: str | None) -> str | None:

@@ -188,6 +188,10 @@ class GLUE(Task):
         raise DataError(f"{where} holds {value!r}, not {known}")
 
     @property
+    def places(self) -> tuple[str, ...]:
+        return ("folder",)
+
+    @property
     def asked_columns(self) -> tuple[str, ...]:
         return self._of.columns if len(self._of.columns) == 1 else ()
 

@@ -103,7 +103,10 @@ def _bytes(path: str, kind: str = "") -> bytes:
 
 
 def _text(path: str) -> str:
-    return decode(_bytes(path), path, 0, first=True)
+    found = decode(_bytes(path), path, 0, first=True)
+    if not found.strip():
+        raise DataError(f"{path}: is empty")
+    return found
 
 
 def _json_lines(path: str, kind: str) -> Iterator[Row | Bad]:
@@ -157,7 +160,7 @@ def _table(path: str, kind: str, columns: list[str] | None, layout: Layout, skip
         )
         names = list(layout.header or _next(reader, path, []) or [])
         if not names:
-            raise DataError(f"{path}: is empty, or its first line is: the names of the columns stand there")
+            raise DataError(f"{path}: its first line, where the names of the columns stand, is empty")
         _check_header(names, f"{path}:{max(1, reader.line_num)}", columns)
         while True:
             line = reader.line_num + 1

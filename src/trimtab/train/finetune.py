@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trimtab.errors import CannotSave, CheckpointError, DataError
+from trimtab.errors import CannotSave, CheckpointError, ConfigError, DataError
 from trimtab.finetuneconfig import FinetuneConfig
 from trimtab.methods.base import Adapter
 from trimtab.models.taskmodel import LABELS
@@ -88,6 +88,12 @@ class _Run(Session[FinetuneConfig]):
             )
         batches, micro = material.batches, config.train.micro_batch
         model = material.model()
+        shape, was = material.shape(model), checkpoint.config["model"]["name"] if checkpoint else config.model.name
+        if checkpoint and was != config.model.name and checkpoint.extra.get("model") != shape:
+            raise ConfigError(
+                f"model.name = {config.model.name}: its config.json is not that of {was}, with which the run was "
+                "begun; name a copy of that model"
+            )
         for fault in material.faults:
             say(self.console, f"note: data.packing has no effect on {type(model).__name__}: {fault}")
         adapter, optimizer = self.attach(model, material.method, checkpoint, material.drawn)
@@ -109,7 +115,7 @@ class _Run(Session[FinetuneConfig]):
         )
         best = Best(config.eval.patience)
         best.read_log(self.folder / "metrics.jsonl")
-        extra = {"cache_hidden": cached.place if cached else None, "data": material.digest}
+        extra = {"cache_hidden": cached.place if cached else None, "data": material.digest, "model": shape}
         saver = self.saver(model, adapter, optimizer, extra, checkpoint)
         saver.pinned = best.step
         log = self.open_log(checkpoint, stack)

@@ -6,6 +6,7 @@ Whatever is wrong with the task, the tokenizer, the model's kind or the method i
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -39,6 +40,9 @@ from trimtab.train.packed import packing_fault
 from trimtab.train.scoring import Scorer, as_written
 
 Config = TypeVar("Config", FinetuneConfig, ScoreConfig)
+
+#: Keys of a configuration that tell where it was read, and by what.
+_NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,17 @@ class Material:
             self.batches.lay(padded, grouped=self.config.data.group_by_length)
             self.scorer.collate = padded
 
+    @staticmethod
+    def shape(model: Any) -> str:
+        """What tells two models apart whose tensors are the same: their configurations."""
+        told = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
     @property
     def digest(self) -> str:
         """What tells the tokens of two tasks apart."""
-        parts = [self.batches.data, *self.scorer.encoded.values()]
-        return hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+        parts = [part.digest for part in (self.batches.data, *self.scorer.encoded.values())]
+        return hashlib.sha256(json.dumps([*parts, *self.loaded.labels]).encode()).hexdigest()
 
     def objective(self, model: nn.Module) -> Objective | HeadObjective:
         """The loss of a model on this task."""

@@ -30,9 +30,6 @@ INEXACT = (
 #: Of those, settings that came later and by default do something else than was done before there was one.
 _BEFORE = {"model.selective_recompute": False}
 
-#: Of those, what may have another value, but not begin or cease to have one: where the same numbers lie.
-PLACES = ("train.cache_hidden",)
-
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A tree of settings as dotted keys; lists are values."""
@@ -79,7 +76,7 @@ def continued(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[str]
     notes = []
     for key in changed:
         was, now = shown(before.get(key)), shown(after.get(key))
-        if _under(key, PLACES) and None not in (before.get(key), after.get(key)):
+        if _under(key, config.places()) and None not in (before.get(key), after.get(key)):
             continue
         if _under(key, INEXACT):
             notes.append(f"{key} was {was} and is {now}: the run continues, but not bit for bit")

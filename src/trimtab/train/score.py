@@ -50,6 +50,8 @@ def score(config: ScoreConfig, note: Callable[[str], None] = lambda text: None) 
         note(text)
     with named("task", config.task):
         loaded = config.task.load(training=False)
+    if config.task.form == "plain":
+        note(f"texts are read in pieces of at most {config.data.length} tokens (data.seq_len)")
     if not loaded.scored:
         raise ConfigError("task: there is no split to score; give task.validation or task.test")
     settings = head_settings(reading, config.task.form, loaded.labels, tokenizer.pad_token_id)
@@ -96,7 +98,10 @@ def of_run(folder: Path) -> dict[str, Any]:
     model, adapter = config.model.model_dump(mode="json"), folder / "adapter"
     if not adapter.is_dir():
         if not (folder / "model").is_dir():
-            raise CheckpointError(f"{folder} holds neither adapter/ nor model/: the run is not finished")
+            raise CheckpointError(
+                f"{folder} holds neither adapter/ nor model/: the run is not finished; go on with it by "
+                f"trimtab finetune --resume {folder}"
+            )
         model |= {"name": str(folder / "model"), "tokenizer": None}
     kept = ("task", "data", "loss", "eval", "device", "dtype", "seed")
     dumped = config.model_dump(mode="json")
