@@ -143,7 +143,7 @@ def test_what_is_merged_is_a_plain_model_in_the_dtype_of_the_run(folder: Path, t
     [
         (
             "{name: full}",
-            r"^method.name = full: model\..*.*4 bits and cannot train.* such as lora \(model.quantize = nf4\)$",
+            r"^method.name = full: model\..*.*4 bits and cannot train.* leaves it frozen \(model.quantize = nf4\)$",
         ),
         ("{name: lora, init: pissa}", r"4 bits.*\(model.quantize = nf4\)$"),
         ("{name: lora, warm_start_steps: 2}", r"4 bits.*\(model.quantize = nf4\)$"),

@@ -192,7 +192,7 @@ class Generator:
         """Tokens that prompt and answer together may have (of an encoder-decoder each); None for no limit."""
         limit = position_limit(self.model)
         at_work = adapters(self.model).get(self.active or "")
-        return limit if limit is None else limit - (at_work.taken_positions if at_work else 0)
+        return limit if limit is None else limit - (at_work.config.virtual_tokens if at_work else 0)
 
     def encode(self, asked: Asked, *, chat: bool | None = None) -> list[int]:
         """The tokens that an answer goes on from.

@@ -92,7 +92,7 @@ class Method(Settings, abc.ABC, metaclass=OneLine):
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions of each sequence that the method takes for itself."""
+        """How many of the model's positions are taken before each sequence."""
         return 0
 
     @property
@@ -183,11 +183,6 @@ class Adapter(Placed, abc.ABC):
     def no_cache(self) -> str:
         """Why `generate()` must do without a cache (`use_cache=False`) on this model; empty where it need not."""
         return ""
-
-    @property
-    def taken_positions(self) -> int:
-        """How many of the model's positions are taken before each sequence."""
-        return 0
 
     def __repr__(self) -> str:
         trained = sum(entry.parameter.numel() for entry in self.trainable())

@@ -37,7 +37,7 @@ class FullAdapter(FrozenBaseAdapter):
         if quantized := residence.quantized():
             raise ConfigError(
                 f"name = full: {quantized[0]} is held in 4 bits and cannot train; load the model unquantised, or take "
-                "a method that leaves it frozen, such as lora"
+                "a method that leaves it frozen"
             )
         try:
             self._matrices = find_targets(model, ALL_LINEAR)

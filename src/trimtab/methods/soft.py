@@ -97,10 +97,6 @@ class SoftPromptAdapter(FrozenBaseAdapter):
         self._taken = {self.host_name: {name: self._parameter(value) for name, value in self._drawn().items()}}
         self._begin()
 
-    @property
-    def taken_positions(self) -> int:
-        return self.config.length
-
     # -- what a method says --------------------------------------------------------------------
 
     @abc.abstractmethod
